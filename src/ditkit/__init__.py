@@ -1,0 +1,33 @@
+"""ditkit: methods for diffusion transformers, on the models of Hugging Face diffusers.
+
+The names below are imported when first used, so that `import ditkit` is fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "apply": "ditkit.seams.apply",
+    "Run": "ditkit.seams.apply",
+    "load": "ditkit.hub",
+    "bench": "ditkit.analysis.bench",
+    "train": "ditkit.training.trainer",
+    "TaylorSeer": "ditkit.methods.taylorseer",
+    "LocalWindow": "ditkit.methods.clear",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ditkit' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

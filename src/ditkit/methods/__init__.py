@@ -1,0 +1,1 @@
+"""Inference-time methods: one paper, one file."""

@@ -1,0 +1,1 @@
+"""Architectures: one paper, one file; what they share is in `layers`."""
