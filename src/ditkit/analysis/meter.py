@@ -7,26 +7,30 @@ it patches; what runs outside of PyTorch's dispatcher (a compiled kernel's insid
 from __future__ import annotations
 
 import contextlib
+import gc
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 
-def _attention_flop(
-    query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], *_: Any, **__: Any
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
 ) -> int:
-    return sdpa_flop_count(query, key, value)
+    return sdpa_flop_count(tuple(query.shape), tuple(key.shape), tuple(value.shape))
 
 
-# PyTorch's table has the CUDA kernels of attention but not the CPU's.
-_CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop}
+_FORMULAS: dict[Any, Any] = {
+    **flop_registry,
+    # PyTorch's table has the CUDA kernels of attention but not the CPU's.
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+}
 
 
 @dataclass
@@ -34,15 +38,23 @@ class Count:
     """What one run of a model took.
 
     Args:
-        flops: floating-point operations inside the model's forwards (a multiply-add is two).
-        bytes_peak: the largest sum of tensor bytes alive during the model's forwards, of the tensors made
+        flops_by_forward: floating-point operations of each call of the model (a multiply-add is two).
+        bytes_peak: the largest sum of tensor bytes alive during the model's calls, of the tensors made
             since the count began: activations and caches, not weights.
-        forwards: calls of the model.
     """
 
-    flops: int = 0
+    flops_by_forward: list[int] = field(default_factory=list)
     bytes_peak: int = 0
-    forwards: int = 0
+    _meter: _Meter | None = field(default=None, repr=False)
+
+    @property
+    def flops(self) -> int:
+        return sum(self.flops_by_forward)
+
+    def bytes_live(self) -> int:
+        """Bytes of the tensors that were made since the count began and are alive now."""
+        gc.collect()
+        return self._meter.bytes_live if self._meter is not None else 0
 
 
 @contextlib.contextmanager
@@ -54,70 +66,78 @@ def count(model: nn.Module) -> Iterator[Count]:
         ...     pipe("red apple")
         >>> spent.flops
     """
-    spent = Count()
-    live = _LiveBytes()
-    running: list[FlopCounterMode] = []
+    meter = _Meter()
+    spent = Count(_meter=meter)
+    flops_before: list[int] = []
 
     def before(*_: Any) -> None:
-        spent.forwards += 1
-        live.watching = True
-        live.note()
-        counter = FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION)
-        counter.__enter__()
-        running.append(counter)
+        flops_before.append(meter.flops)
+        meter.inside += 1
+        meter.note()
 
     def after(*_: Any) -> None:
-        live.watching = False
-        counter = running.pop()
-        counter.__exit__(None, None, None)
-        spent.flops += counter.get_total_flops()
+        meter.inside -= 1
+        spent.flops_by_forward.append(meter.flops - flops_before.pop())
 
     handles = [
         model.register_forward_pre_hook(before),
         model.register_forward_hook(after, always_call=True),
     ]
     try:
-        with live:
+        with meter:
             yield spent
     finally:
-        spent.bytes_peak = live.peak
+        spent.bytes_peak = meter.bytes_peak
         for handle in handles:
             handle.remove()
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Sum of the bytes of the storages made under this mode and not yet freed."""
+class _Meter(TorchDispatchMode):
+    """Counts FLOPs by PyTorch's own table, and the bytes of storages made under this mode and not yet freed.
+
+    PyTorch's FlopCounterMode follows the module tree too, and does not return from one with a cycle, which
+    other libraries make; the table is all that is needed.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = 0
-        self.peak = 0
-        self.watching = False
+        self.flops = 0
+        self.bytes_live = 0
+        self.bytes_peak = 0
+        self.inside = 0
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        inputs = {
-            tensor.untyped_storage() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, torch.Tensor)
-        }
+        formula = _FORMULAS.get(func._overloadpacket)
+        if formula is None and func is not torch.ops.prim.device.default:
+            with self:  # a composite operator: count what it is made of
+                output = func.decompose(*args, **kwargs)
+            if output is not NotImplemented:
+                return output
         output = func(*args, **kwargs)
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage not in inputs and storage not in self._known:
-                    self._add(storage)
-        self.note()
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=output)
+        self._add(output, not_from=(args, kwargs))
         return output
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        size = storage.nbytes()
-        self._known.add(storage)
-        self.live += size
-        weakref.finalize(storage, self._free, size)
+    def _add(self, made: Any, not_from: Any) -> None:
+        given = {id(storage) for storage in _storages(not_from)}
+        for storage in _storages(made):
+            if id(storage) not in given and storage not in self._known:
+                size = storage.nbytes()
+                self._known.add(storage)
+                self.bytes_live += size
+                weakref.finalize(storage, self._free, size)
+        self.note()
 
     def _free(self, size: int) -> None:
-        self.live -= size
+        self.bytes_live -= size
 
     def note(self) -> None:
-        if self.watching:
-            self.peak = max(self.peak, self.live)
+        if self.inside:
+            self.bytes_peak = max(self.bytes_peak, self.bytes_live)
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

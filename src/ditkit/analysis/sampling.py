@@ -59,20 +59,46 @@ def sample(
     prompts: Sequence[str],
     sampling: Sampling,
     on_step: Callable[[int], None] | None = None,
+    batch: int = 8,
 ) -> Sample:
-    """Draw one picture per prompt in one call of the pipeline.
+    """Draw one picture per prompt.
 
     Args:
         pipe: a diffusers text-to-image pipeline.
         prompts: B texts.
-        on_step: called after each denoising step with its index.
+        on_step: called after each denoising step of each pipeline call with its index.
+        batch: at most so many pictures in one pipeline call.
 
     Raises:
         TypeError: the pipeline takes no text prompt.
+        ValueError: no prompt, or a batch below 1.
     """
+    if not prompts:
+        raise ValueError("no prompt was given")
+    if batch < 1:
+        raise ValueError(f"batch={batch}: at least 1 is needed")
+    parts = [
+        _one_call(pipe, prompts[first : first + batch], sampling, first, on_step)
+        for first in range(0, len(prompts), batch)
+    ]
+    latents = [part.latents for part in parts if part.latents is not None]
+    return Sample(
+        latents=torch.cat(latents) if latents else None,
+        pictures=np.concatenate([part.pictures for part in parts]),
+        seconds=sum(part.seconds for part in parts),
+    )
+
+
+def _one_call(
+    pipe: Any,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    first: int,
+    on_step: Callable[[int], None] | None,
+) -> Sample:
     arguments = call_arguments(pipe, sampling, len(prompts))
-    device = torch.device("cpu")  # the CPU's noise is the same on every machine
-    generators = [torch.Generator(device).manual_seed(sampling.seed + i) for i in range(len(prompts))]
+    # The CPU's noise is the same on every machine.
+    generators = [torch.Generator("cpu").manual_seed(sampling.seed + first + i) for i in range(len(prompts))]
     last: dict[str, torch.Tensor] = {}
 
     def after_step(_: Any, index: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
