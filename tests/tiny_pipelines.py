@@ -1,4 +1,4 @@
-"""Tiny diffusers pipelines with random weights, built without a hub: the real classes, a fraction of a second.
+"""Tiny diffusers pipelines with random weights, built without a hub from the real classes.
 
 They draw noise-like pictures, but run every line of code that a trained pipeline runs.
 """

@@ -155,7 +155,7 @@ def _paper_modules(model: Any) -> tuple[list[str], list[str]]:
 
 
 def _cache_dit(interval: int, sampling: Sampling) -> Contestant:
-    """cache-dit with the same steps computed: its static mask, its Taylor calibrator, its smallest front part."""
+    """cache-dit with the same steps computed: its static mask, Taylor calibrator and smallest front part."""
 
     @contextlib.contextmanager
     def attach(pipe: Any) -> Iterator[None]:

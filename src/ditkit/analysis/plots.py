@@ -53,13 +53,17 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str, joined: str = "
         f"aria-label={quoteattr(f'{y_label} against {x_label}')}>"
     ]
     for x in ticks_x:
-        parts.append(f'<line class="grid" x1="{across(x):.1f}" y1="{_TOP}" x2="{across(x):.1f}" y2="{base}"/>')
+        parts.append(
+            f'<line class="grid" x1="{across(x):.1f}" y1="{_TOP}" x2="{across(x):.1f}" y2="{base}"/>'
+        )
         parts.append(f'<text x="{across(x):.1f}" y="{base + 18}" text-anchor="middle">{x:g}</text>')
     for y in ticks_y:
         parts.append(f'<line class="grid" x1="{_LEFT}" y1="{up(y):.1f}" x2="{right}" y2="{up(y):.1f}"/>')
         parts.append(f'<text x="{_LEFT - 8}" y="{up(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
     middle = (_LEFT + right) / 2
-    parts.append(f'<text class="axis" x="{middle}" y="{_HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(
+        f'<text class="axis" x="{middle}" y="{_HEIGHT - 8}" text-anchor="middle">{escape(x_label)}</text>'
+    )
     height = (_TOP + base) / 2
     parts.append(
         f'<text class="axis" x="14" y="{height}" text-anchor="middle" '
@@ -70,10 +74,11 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str, joined: str = "
         path = " ".join(f"{across(p.x):.1f},{up(p.y):.1f}" for p in line)
         parts.append(f'<polyline class="{joined}" points="{path}"/>')
     for p in shown:
+        x, y = across(p.x), up(p.y)
         parts.append(
             f"<g class={quoteattr('mark ' + p.kind)}><title>{escape(p.title)}</title>"
-            f'<circle cx="{across(p.x):.1f}" cy="{up(p.y):.1f}" r="10"/>'
-            f'<text x="{across(p.x):.1f}" y="{up(p.y) + 3.5:.1f}" text-anchor="middle">{escape(p.mark)}</text></g>'
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="10"/>'
+            f'<text x="{x:.1f}" y="{y + 3.5:.1f}" text-anchor="middle">{escape(p.mark)}</text></g>'
         )
     return "".join([*parts, "</svg>"])
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
-from PIL import Image
 
+from ditkit.analysis.pictures import to_image
 from ditkit.analysis.plots import Point, scatter
 from ditkit.analysis.result import COLUMNS, BenchResult, Row
 
@@ -43,32 +43,43 @@ def render(result: BenchResult, title: str) -> str:
             for i, row in numbered
             if row.label in result.pictures
         ],
-        plots=[Markup(plot) for plot in _plots(numbered) if plot],  # noqa: S704 - built and escaped by us
+        plots=[Markup(plot) for plot in _plots(numbered) if plot],
         facts={**result.settings, **result.machine},
     )
 
 
 def headline(result: BenchResult) -> str:
     """One true sentence: the fastest of our methods that is nearer to dense than plain sampling is."""
-    ours = [row for row in result.rows if row.kind == "method" and row.time_ratio and row.latent_error is not None]
-    plain = [row for row in result.rows if row.kind == "plain" and row.latent_error is not None]
+    plain = {row.steps: row for row in result.rows if row.kind == "plain"}
     better = [
         row
-        for row in ours
-        if row.time_ratio < 1
-        and all(row.latent_error < p.latent_error for p in plain if p.steps == row.steps_computed)
+        for row in result.rows
+        if row.kind == "method"
+        and row.latent_error is not None
+        and row.time_ratio is not None
+        and row.time_ratio < 1
+        and _nearer(row, plain.get(row.steps_computed or 0))
     ]
     if not better:
-        return "No method was both faster than dense sampling and nearer to it than plain sampling in this run."
+        return (
+            "No method was both faster than dense sampling and nearer to it than plain sampling in this run."
+        )
     best = min(better, key=lambda row: row.time_ratio or 1.0)
     text = (
         f"{best.label} took {best.time_ratio:.2f} of dense sampling's time, "
         f"with a relative error of {best.latent_error:.3f} in the final latents"
     )
-    equal = next((p for p in plain if p.steps == best.steps_computed), None)
-    if equal is not None:
+    equal = plain.get(best.steps_computed or 0)
+    if equal is not None and equal.latent_error is not None:
         text += f"; plain sampling with the same {equal.steps} computed steps has {equal.latent_error:.3f}"
     return text + "."
+
+
+def _nearer(row: Row, other: Row | None) -> bool:
+    """Whether the row is nearer to dense than the other is; true when there is no other."""
+    if other is None or row.latent_error is None or other.latent_error is None:
+        return True
+    return row.latent_error < other.latent_error
 
 
 def embedded(picture: np.ndarray) -> str:
@@ -76,11 +87,6 @@ def embedded(picture: np.ndarray) -> str:
     stream = io.BytesIO()
     to_image(picture).save(stream, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
-
-
-def to_image(picture: np.ndarray) -> Image.Image:
-    """A picture (H, W, 3) in [0, 1] as a Pillow image; what is outside the range is clipped."""
-    return Image.fromarray((np.clip(picture, 0, 1) * 255).round().astype(np.uint8))
 
 
 def _plots(numbered: list[tuple[int, Row]]) -> list[str]:
@@ -93,7 +99,9 @@ def _plots(numbered: list[tuple[int, Row]]) -> list[str]:
 
     return [
         scatter(points(lambda row: row.time_ratio), "time, relative to dense", "error of the final latents"),
-        scatter(points(lambda row: row.flops_ratio), "FLOPs, relative to dense", "error of the final latents"),
+        scatter(
+            points(lambda row: row.flops_ratio), "FLOPs, relative to dense", "error of the final latents"
+        ),
     ]
 
 

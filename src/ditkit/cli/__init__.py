@@ -16,7 +16,7 @@ from ditkit.cli.common import console, set_debug
 app = typer.Typer(
     name="ditkit",
     help="Methods for diffusion transformers, on the models of Hugging Face diffusers.",
-    epilog='Example: ditkit generate "red apple" --with taylorseer:interval=4,order=2 --seed 7 --out apple.png',
+    epilog='Example: ditkit generate "red apple" --with taylorseer:interval=4 --seed 7 --out apple.png',
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,

@@ -1,16 +1,30 @@
-"""Pictures side by side in one picture, with captions."""
+"""Arrays to pictures, pictures to files, many pictures to one sheet with captions."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ditkit.analysis.report import to_image
+from ditkit.files import whole_file
 
 _PAGE, _INK, _SOFT = (255, 255, 255), (29, 28, 26), (109, 106, 100)
 _GAP = 10
+
+
+def to_image(picture: np.ndarray) -> Image.Image:
+    """A picture (H, W, 3) in [0, 1] as a Pillow image; what is outside the range is clipped."""
+    return Image.fromarray((np.clip(picture, 0, 1) * 255).round().astype(np.uint8))
+
+
+def save(image: Image.Image, path: str | os.PathLike[str]) -> Path:
+    """Write a picture, whole or not at all; the suffix chooses the format."""
+    with whole_file(path) as part:
+        image.save(part)
+    return Path(path)
 
 
 def sheet(rows: Mapping[str, np.ndarray], captions: Sequence[str] = (), cell: int = 112) -> Image.Image:
@@ -32,9 +46,7 @@ def sheet(rows: Mapping[str, np.ndarray], captions: Sequence[str] = (), cell: in
     left += 2 * _GAP if left else _GAP
     wrapped = [_wrap(caption, small, cell) for caption in captions]
     top = _GAP + max((len(lines) for lines in wrapped), default=0) * 17
-    page = Image.new(
-        "RGB", (left + columns * (cell + _GAP), top + len(rows) * (height + _GAP)), _PAGE
-    )
+    page = Image.new("RGB", (left + columns * (cell + _GAP), top + len(rows) * (height + _GAP)), _PAGE)
     draw = ImageDraw.Draw(page)
     for column, lines in enumerate(wrapped):
         for i, line in enumerate(lines):
@@ -57,7 +69,9 @@ def _width(font: ImageFont.FreeTypeFont | ImageFont.ImageFont, text: str) -> int
     return int(font.getlength(text))
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int = 3) -> list[str]:
+def _wrap(
+    text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, most: int = 3
+) -> list[str]:
     """Words in lines of at most `width` pixels; what does not fit into `most` lines ends in an ellipsis."""
     lines: list[str] = []
     for word in text.split():
