@@ -10,8 +10,6 @@ from forbidden import find, find_paths
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("src", "scripts", "benchmarks", "tests")
 CODE = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
-    path for folder in ("src", "scripts", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")
-]
 TEXTS = [
     path
     for pattern in ("*.md", "*.toml", "*.txt", "Makefile", ".ci/*", "configs/**/*.yaml", "docs/**/*.md")
