@@ -157,14 +157,14 @@ def _count(pipe: Any, entrant: _Entrant, prompts: Sequence[str], base: int) -> i
     row = entrant.row
     alive: list[int] = []
     try:
-        with entrant.contestant.attach(pipe) as attached, count(pipe.transformer) as spent:
+        with entrant.contestant.attach(pipe, True) as run, count(pipe.transformer) as spent:
 
             def on_step(index: int) -> None:
                 if index == entrant.sampling.steps - 1:
                     alive.append(spent.bytes_live())
 
             sample(pipe, prompts, entrant.sampling, on_step, batch=len(prompts))
-            report = attached.report() if hasattr(attached, "report") else None
+            report = run.report() if run is not None else None
     except Exception as failure:
         if entrant.contestant.kind != "peer":
             raise
@@ -177,7 +177,10 @@ def _count(pipe: Any, entrant: _Entrant, prompts: Sequence[str], base: int) -> i
     if alive:
         row.bytes_cached = 0 if row.kind == "dense" else max(0, alive[0] - base)
     if report is not None:
-        row.notes += list(report.notes)
+        row.steps_computed = report.steps_computed
+        row.notes += report.notes
+        if report.flops is not None:  # it knows of kernels that the operators' counter does not see
+            row.flops = report.flops / len(prompts)
     return alive[0] if alive and row.kind == "dense" else base
 
 
@@ -197,7 +200,7 @@ def _computed(everyone: Sequence[_Entrant]) -> set[int]:
 
 def _draw(pipe: Any, entrant: _Entrant, prompts: Sequence[str], batch: int) -> None:
     gc.collect()
-    with entrant.contestant.attach(pipe):
+    with entrant.contestant.attach(pipe, False):
         drawn = sample(pipe, prompts, entrant.sampling, batch=batch)
     if entrant.samples:  # pictures and latents of the first round are enough
         drawn = Sample(None, entrant.samples[0].pictures, drawn.seconds)

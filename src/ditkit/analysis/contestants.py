@@ -14,7 +14,7 @@ from ditkit import registry
 from ditkit.analysis.sampling import Sampling, call_arguments
 
 Kind = Literal["dense", "method", "peer", "plain"]
-Attach = Callable[[Any], contextlib.AbstractContextManager[Any]]
+Attach = Callable[[Any, bool], contextlib.AbstractContextManager[Any]]
 
 _WARM_UP = 3
 """Steps computed in full before a peer may skip: diffusers' own default, and the FLUX reference's."""
@@ -27,8 +27,8 @@ class Contestant:
     Args:
         label: its name in tables.
         kind: dense, one of ours, another library's, or plain sampling with fewer steps.
-        attach: `attach(pipe)` is a context manager in which the pipeline runs this way. It yields an
-            object with `report()` for our methods, anything else for the others.
+        attach: `attach(pipe, counting)` is a context manager in which the pipeline runs this way; `counting`
+            tells whether its FLOPs are wanted. It yields a `Run` for our methods, None for the others.
         steps: denoising steps; None for those of the comparison.
     """
 
@@ -63,10 +63,10 @@ def ours(methods: Any) -> Contestant:
     if not together:
         raise ValueError("an empty sequence of methods was given; leave it out, dense takes part anyway")
 
-    def attach(pipe: Any) -> contextlib.AbstractContextManager[Any]:
+    def attach(pipe: Any, counting: bool) -> contextlib.AbstractContextManager[Any]:
         from ditkit.seams.apply import apply
 
-        return apply(pipe, *together)
+        return apply(pipe, *together, count_flops=counting)
 
     return Contestant(" + ".join(name_of(method) for method in together), "method", attach)
 
@@ -114,7 +114,7 @@ def peers(
 def _diffusers_peers(interval: int) -> list[Contestant]:
     def form(**options: Any) -> Attach:
         @contextlib.contextmanager
-        def attach(pipe: Any) -> Iterator[None]:
+        def attach(pipe: Any, _: bool) -> Iterator[None]:
             import torch
             from diffusers import TaylorSeerCacheConfig
 
@@ -158,7 +158,7 @@ def _cache_dit(interval: int, sampling: Sampling) -> Contestant:
     """cache-dit with the same steps computed: its static mask, Taylor calibrator and smallest front part."""
 
     @contextlib.contextmanager
-    def attach(pipe: Any) -> Iterator[None]:
+    def attach(pipe: Any, _: bool) -> Iterator[None]:
         import cache_dit  # pyright: ignore[reportMissingImports]
 
         steps = sampling.steps
@@ -186,5 +186,5 @@ def _cache_dit(interval: int, sampling: Sampling) -> Contestant:
 
 
 @contextlib.contextmanager
-def _unchanged(_: Any) -> Iterator[None]:
+def _unchanged(_: Any, __: bool) -> Iterator[None]:
     yield

@@ -136,9 +136,19 @@ def call_arguments(pipe: Any, sampling: Sampling, count: int) -> dict[str, Any]:
                 arguments["negative_prompt"] = [""] * count
         else:
             arguments["guidance_scale"] = sampling.guidance
+    longest = _longest_text(pipe)
+    default = getattr(known.get("max_sequence_length"), "default", None)
+    if isinstance(default, int) and longest is not None and longest < default:
+        arguments["max_sequence_length"] = longest  # a micro-model was never shown longer padding
     if sampling.size is not None:
         arguments["height"], arguments["width"] = sampling.size
     return arguments
+
+
+def _longest_text(pipe: Any) -> int | None:
+    """Tokens that the text encoder of the sequence takes: the last tokenizer's, where there are several."""
+    parts = [getattr(pipe, name, None) for name in ("tokenizer_3", "tokenizer_2", "tokenizer")]
+    return next((part.model_max_length for part in parts if part is not None), None)
 
 
 def _synchronize(pipe: Any) -> None:
