@@ -215,11 +215,11 @@ def transport_outputs(case: dict[str, Any], tensors: Tensors) -> Tensors:
             time = transport.plan.time(t, x1)
             state = transport.plan.interpolate(x0, x1, time)
             computed[name] = {
-                "xt": lambda: state,
-                "ut": lambda: transport.plan.velocity(x0, x1, time),
-                "drift": lambda: transport.velocity(output, state, t),
-                "score": lambda: transport.score(output, state, t),
-            }[kind]()
+                "xt": state,
+                "ut": transport.plan.velocity(x0, x1, time),
+                "drift": transport.velocity(output, state, t),
+                "score": transport.score(output, state, t),
+            }[kind]
         elif kind == "interval":
             solver, *form, path, prediction = rest
             transport = Transport(path.lower(), prediction)
@@ -233,10 +233,10 @@ def transport_outputs(case: dict[str, Any], tensors: Tensors) -> Tensors:
             time = plan.time(conv_t, state)
             score = plan.score_from_velocity(velocity, state, time)
             computed[name] = {
-                "score": lambda: score,
-                "noise": lambda: plan.noise_from_velocity(velocity, state, time),
-                "v_from_score": lambda: plan.velocity_from_score(score, state, time),
-            }["_".join(rest[:-1])]()
+                "score": score,
+                "noise": plan.noise_from_velocity(velocity, state, time),
+                "v_from_score": plan.velocity_from_score(score, state, time),
+            }["_".join(rest[:-1])]
         elif kind == "diffusion":
             form, path = rest
             plan = PATHS[path.lower()]()

@@ -236,7 +236,8 @@ class DiT(ModelMixin, ConfigMixin, CacheMixin):
     def _check(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor | None) -> None:
         if hidden_states.ndim != 4 or hidden_states.shape[1] != self.in_channels:
             raise ValueError(
-                f"hidden_states has shape {tuple(hidden_states.shape)}; expected (B, {self.in_channels}, H, W)"
+                f"hidden_states has shape {tuple(hidden_states.shape)}; "
+                f"expected (B, {self.in_channels}, H, W)"
             )
         for name, tensor in (("timestep", timestep), ("class_labels", class_labels)):
             if tensor is not None and tensor.shape != hidden_states.shape[:1]:
@@ -283,7 +284,7 @@ def _variant(name: str | None) -> dict[str, int]:
     seam=("architecture",),
 )
 def dit(variant: str | None = None, **config: Any) -> DiT:
-    """A freshly initialised DiT of a named variant ("xl/2"; None: the defaults), with changes to its config."""
+    """A fresh DiT of a named variant ("xl/2"; None: the defaults), with changes to its config."""
     return DiT(**{**_variant(variant), **config})
 
 
@@ -299,5 +300,5 @@ def dit(variant: str | None = None, **config: Any) -> DiT:
     seam=("architecture",),
 )
 def sit(variant: str | None = None, **config: Any) -> SiT:
-    """A freshly initialised SiT of a named variant ("xl/2"; None: the defaults), with changes to its config."""
+    """A fresh SiT of a named variant ("xl/2"; None: the defaults), with changes to its config."""
     return SiT(**{**_variant(variant), **config})

@@ -70,7 +70,7 @@ class PatchEmbed(nn.Module):
         """
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
-                f"a latent of {height}x{width} can't be cut into patches of {self.patch_size}x{self.patch_size}; "
+                f"a latent of {height}x{width} can't be cut into patches of side {self.patch_size}; "
                 f"pad or crop both sides to a multiple of {self.patch_size}"
             )
         return height // self.patch_size, width // self.patch_size

@@ -47,8 +47,8 @@ def respace(steps: int, respacing: str | Sequence[int]) -> list[int]:
     Args:
         steps: T.
         respacing: "" for all; "N" for N evenly spread ones, the first and the last among them; "a,b,c" (or a
-            sequence of numbers) to cut the steps into as many equal sections and keep a, b, c of each; "ddimN"
-            for every i-th step from the first on, with the smallest stride i that keeps exactly N.
+            sequence of numbers) to cut the steps into as many equal sections and keep a, b, c of each;
+            "ddimN" for every i-th step from the first on, with the smallest stride i that keeps exactly N.
 
     Raises:
         ValueError: if the steps can't be chosen so.

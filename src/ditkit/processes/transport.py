@@ -84,15 +84,13 @@ class Transport:
         output = model(self.plan.interpolate(x0, x1, time), t)
         if output.shape != x1.shape:
             raise ValueError(
-                f"the network returned {tuple(output.shape)} for {tuple(x1.shape)}; a transport has no learned "
-                "variance: use a SiT, or a DiT with learn_sigma=False"
+                f"the network returned {tuple(output.shape)} for {tuple(x1.shape)}; a transport has no "
+                "learned variance: use a SiT, or a DiT with learn_sigma=False"
             )
         if self.prediction == "velocity":
             return {"loss": mean_flat((output - self.plan.velocity(x0, x1, time)) ** 2)}
-        if self.prediction == "noise":
-            error = output - x0
-        else:
-            error = output * self.plan.sigma(time) + x0
+        # Both errors are those of a noise: the score is -x0/sigma.
+        error = output - x0 if self.prediction == "noise" else output * self.plan.sigma(time) + x0
         return {"loss": mean_flat(self._weight(time) * error**2)}
 
     def _weight(self, time: Tensor) -> Tensor | float:

@@ -106,7 +106,8 @@ def sde_trajectory(
         raise ValueError(f"form={form!r} is unknown; there are {', '.join(DIFFUSION_FORMS)}")
     if points < 2 or not 0 <= last_step_size < 1:
         raise ValueError(
-            f"points={points}, last_step_size={last_step_size}: expected at least 2 points and a step in [0, 1)"
+            f"points={points}, last_step_size={last_step_size}: expected two points or more, "
+            "and a step in [0, 1)"
         )
     if noises is not None and len(noises) != points - 1:
         raise ValueError(f"{len(noises)} noises for {points - 1} steps; give one for each")
@@ -114,8 +115,8 @@ def sde_trajectory(
     first, last = transport.sde_interval(form, last_step_size)
     if form == "sbdm" and transport.path != "vp" and first == 0:
         raise ValueError(
-            f"form='sbdm' is infinite at t = 0 on the {transport.path} path: give Transport(sample_eps=1e-3), or "
-            "use form='sigma'"
+            f"form='sbdm' is infinite at t = 0 on the {transport.path} path: give "
+            "Transport(sample_eps=1e-3), or use form='sigma'"
         )
     times = torch.linspace(first, last, points, device=start.device)
     step = times[1] - times[0]
