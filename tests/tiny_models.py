@@ -52,9 +52,6 @@ class Tiny:
         time = torch.full((batch,), noise * self.scale)
         return {**arguments, self.timestep: time}
 
-    def sample_name(self) -> str:
-        return "x" if "x" in self.arguments(1, 0, 0) else "hidden_states"
-
 
 def output(result: Any) -> Tensor:
     """The tensor in what a forward returned."""
@@ -361,6 +358,16 @@ def _hunyuan_dit_inputs(batch: int, seed: int, size: int) -> dict[str, Any]:
     }
 
 
+def _own_dit() -> nn.Module:
+    from ditkit.models.dit import DiT
+
+    return DiT(input_size=8, patch_size=2, hidden_size=32, depth=3, num_heads=2, num_classes=10)
+
+
+def _own_dit_inputs(batch: int, seed: int, size: int) -> dict[str, Any]:
+    return {"hidden_states": _square(batch, size), "class_labels": torch.arange(seed, seed + batch) % 10}
+
+
 TINY: dict[str, Tiny] = {
     tiny.name: tiny
     for tiny in (
@@ -374,5 +381,6 @@ TINY: dict[str, Tiny] = {
         Tiny("LTXVideoTransformer3DModel", _ltx, _ltx_inputs),
         Tiny("QwenImageTransformer2DModel", _qwen, _qwen_inputs, scale=1.0),
         Tiny("HunyuanDiT2DModel", _hunyuan_dit, _hunyuan_dit_inputs),
+        Tiny("DiT", _own_dit, _own_dit_inputs),
     )
 }

@@ -114,10 +114,11 @@ def _frames_first(model: nn.Module, arguments: Arguments) -> Grid:
 
 
 def _own_grid(model: nn.Module, arguments: Arguments) -> Grid:
-    """Our DiT: x (B, C, H, W)."""
-    height, width = arguments["x"].shape[-2:]
-    patch = int(model.config.patch_size)  # type: ignore[union-attr]
-    return 1, height // patch, width // patch
+    """Our DiT: (B, C, H, W); its patch embedding knows the grid."""
+    height, width = arguments["hidden_states"].shape[-2:]
+    embedder: Any = model.x_embedder
+    rows, columns = embedder.grid(height, width)
+    return 1, rows, columns
 
 
 def _controlled(model: nn.Module, arguments: Arguments) -> str | None:
@@ -387,9 +388,8 @@ _OWN_DIT = Anatomy(
     name="DiT",
     text="none",
     grid=_own_grid,
-    sample="x",
     encoder=(),
-    timestep="t",
+    # The same network runs DiT's times, which fall, and SiT's, which rise.
     falling_time=False,
     stacks=(
         Stack(
@@ -397,9 +397,9 @@ _OWN_DIT = Anatomy(
             units=(Unit("attn", bypass=("norm1",)), Unit("mlp", bypass=("norm2",))),
             attention=(Attention("attn", "self"),),
             returns=("hidden_states",),
-            arguments=("x", "c"),
-            token_rows={},
-            per_token={},
+            arguments=("hidden_states", "conditioning"),
+            token_rows={"conditioning": _modulation(1, ndim=3)},
+            per_token={"conditioning": lambda conditioning: conditioning.shape[1] > 1},
         ),
     ),
 )
