@@ -55,9 +55,9 @@ def test_bytes_by_hand() -> None:
     x = torch.randn(TOKENS, WIDTH)
     with torch.no_grad(), count(model) as spent:
         model(x)
-        assert spent.bytes_live() == 0
+        assert spent.bytes_live == 0
         kept = model(x)
-        assert spent.bytes_live() == ONE
+        assert spent.bytes_live == ONE
         model(x)
     assert spent.bytes_peak == 3 * ONE  # what is kept, the first layer's output, the second's
     assert kept.shape == x.shape
@@ -68,7 +68,7 @@ def test_views_and_changes_in_place_are_no_new_bytes() -> None:
     with count(model) as spent:
         x = torch.zeros(10, 10)
         y = x.view(100)[3:].add_(1)
-        assert spent.bytes_live() == 400
+        assert spent.bytes_live == 400
     assert y.shape == (97,)
 
 

@@ -99,10 +99,11 @@ def bench(
         if progress is not None:
             progress(label, done, len(everyone) * (repeats + 1))
 
-    base = 0
-    for index, entrant in enumerate(everyone):
+    note("counting: dense", 0)
+    base = _count(pipe, everyone[0], prompts[:batch], ())
+    for index, entrant in enumerate(everyone[1:], start=1):
         note(f"counting: {entrant.contestant.label}", index)
-        base = _count(pipe, entrant, prompts[:batch], base)
+        _count(pipe, entrant, prompts[:batch], base)
     if plain:
         for steps in sorted(_computed(everyone) - {sampling.steps}, reverse=True):
             everyone.append(_entrant(who.plain(steps), sampling))
@@ -149,39 +150,44 @@ def _entrant(contestant: Contestant, sampling: Sampling) -> _Entrant:
     return _Entrant(contestant, Row(contestant.label, contestant.kind, sampling.steps), sampling)
 
 
-def _count(pipe: Any, entrant: _Entrant, prompts: Sequence[str], base: int) -> int:
-    """One generation under the counters; gives the bytes alive at its end (of dense: what others exceed).
+def _count(pipe: Any, entrant: _Entrant, prompts: Sequence[str], base: Sequence[int]) -> list[int]:
+    """One generation under the counters; gives the bytes alive after each step.
 
     A peer that fails here is left out of the timed rounds and its row says why: that is a finding too.
+
+    Args:
+        base: bytes alive after each step of dense sampling; what a method holds beyond them is its cache.
     """
     row = entrant.row
     alive: list[int] = []
     try:
         with entrant.contestant.attach(pipe, True) as run, count(pipe.transformer) as spent:
-
-            def on_step(index: int) -> None:
-                if index == entrant.sampling.steps - 1:
-                    alive.append(spent.bytes_live())
-
-            sample(pipe, prompts, entrant.sampling, on_step, batch=len(prompts))
+            gc.collect()  # what earlier runs left is not counted, what it held does not vanish meanwhile
+            sample(
+                pipe,
+                prompts,
+                entrant.sampling,
+                lambda _: alive.append(spent.bytes_live),
+                batch=len(prompts),
+            )
             report = run.report() if run is not None else None
     except Exception as failure:
         if entrant.contestant.kind != "peer":
             raise
         entrant.out = True
         row.notes.append(f"did not run: {type(failure).__name__}: {' '.join(str(failure).split())[:200]}")
-        return base
+        return []
     row.flops = spent.flops / len(prompts)
     row.bytes_peak = spent.bytes_peak
     row.steps_computed = _steps_computed(spent, entrant.sampling.steps)
-    if alive:
-        row.bytes_cached = 0 if row.kind == "dense" else max(0, alive[0] - base)
+    if alive and row.kind != "plain":
+        row.bytes_cached = max(mine - theirs for mine, theirs in zip(alive, base or alive, strict=True))
     if report is not None:
         row.steps_computed = report.steps_computed
         row.notes += report.notes
         if report.flops is not None:  # it knows of kernels that the operators' counter does not see
             row.flops = report.flops / len(prompts)
-    return alive[0] if alive and row.kind == "dense" else base
+    return alive
 
 
 def _steps_computed(spent: Count, steps: int) -> int | None:

@@ -7,7 +7,6 @@ it patches; what runs outside of PyTorch's dispatcher (a compiled kernel's insid
 from __future__ import annotations
 
 import contextlib
-import gc
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -49,9 +48,9 @@ class Count:
     def flops(self) -> int:
         return sum(self.flops_by_forward)
 
+    @property
     def bytes_live(self) -> int:
         """Bytes of the tensors that were made since the count began and are alive now."""
-        gc.collect()
         return self._meter.bytes_live if self._meter is not None else 0
 
 

@@ -36,8 +36,10 @@ def render(result: BenchResult, title: str) -> str:
         prompts=result.prompts,
         kinds={kind: text for kind, text in _KINDS.items() if any(row.kind == kind for row in result.rows)},
         headline=headline(result),
-        columns=[name for name, _ in COLUMNS],
-        rows=[{"number": i, "row": row, "cells": [show(row) for _, show in COLUMNS]} for i, row in numbered],
+        columns=[name for name, _, _ in COLUMNS],
+        rows=[
+            {"number": i, "row": row, "cells": [show(row) for _, show, _ in COLUMNS]} for i, row in numbered
+        ],
         galleries=[
             {"number": i, "row": row, "pictures": [embedded(p) for p in result.pictures[row.label]]}
             for i, row in numbered

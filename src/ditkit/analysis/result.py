@@ -102,15 +102,17 @@ class BenchResult:
         return write_text(path, render(self, title))
 
     def table(self) -> Table:
-        """For `rich.print`."""
+        """For `rich.print`: the columns that tell most, and only those that hold something."""
+        from rich import box
         from rich.table import Table
 
-        table = Table(title=None, header_style="bold", pad_edge=False)
-        for name, _ in COLUMNS:
+        table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+        shown = [(name, show) for name, show, brief in COLUMNS if brief and any(map(show, self.rows))]
+        for name, _ in shown:
             table.add_column(name, justify="left" if name == "sampling" else "right", overflow="fold")
         styles = {"dense": "bold", "method": "green", "peer": "", "plain": "dim"}
         for row in self.rows:
-            table.add_row(*(show(row) for _, show in COLUMNS), style=styles.get(row.kind, ""))
+            table.add_row(*(show(row) for _, show in shown), style=styles.get(row.kind, ""))
         return table
 
 
@@ -165,19 +167,24 @@ def steps(row: Row) -> str:
     return f"{row.steps_computed} of {row.steps}"
 
 
+def label(row: Row) -> str:
+    """With spaces at which a narrow column can break it."""
+    return row.label.replace(",", ", ") if row.kind == "method" else row.label
+
+
 COLUMNS = (
-    ("sampling", lambda row: row.label),
-    ("steps", steps),
-    ("seconds", lambda row: seconds(row.seconds)),
-    ("x dense", lambda row: ratio(row.time_ratio)),
-    ("FLOPs", lambda row: amount(row.flops)),
-    ("x dense", lambda row: ratio(row.flops_ratio)),
-    ("cached", lambda row: size(row.bytes_cached)),
-    ("peak", lambda row: size(row.bytes_peak)),
-    ("latent error", lambda row: error(row.latent_error)),
-    ("latent dB", lambda row: decibel(row.latent_psnr)),
-    ("picture error", lambda row: error(row.picture_error)),
-    ("picture dB", lambda row: decibel(row.picture_psnr)),
-    ("right", lambda row: percent(row.accuracy)),
+    ("sampling", label, True),
+    ("steps", steps, True),
+    ("seconds", lambda row: seconds(row.seconds), True),
+    ("time x dense", lambda row: ratio(row.time_ratio), True),
+    ("FLOPs", lambda row: amount(row.flops), False),
+    ("FLOPs x dense", lambda row: ratio(row.flops_ratio), True),
+    ("cached", lambda row: size(row.bytes_cached), True),
+    ("peak", lambda row: size(row.bytes_peak), False),
+    ("latent error", lambda row: error(row.latent_error), True),
+    ("latent dB", lambda row: decibel(row.latent_psnr), False),
+    ("picture error", lambda row: error(row.picture_error), False),
+    ("picture dB", lambda row: decibel(row.picture_psnr), True),
+    ("right", lambda row: percent(row.accuracy), True),
 )
-"""Title and text of every column, for the terminal and the report."""
+"""Title and text of every column of the report, and whether the terminal shows it too."""

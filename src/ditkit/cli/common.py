@@ -88,7 +88,8 @@ def _quiet_libraries() -> None:
     """The libraries below warn about their own future; a command's output is for its user."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name, value in (("TOKENIZERS_PARALLELISM", "false"), ("TRANSFORMERS_VERBOSITY", "error")):
+        os.environ.setdefault(name, value)
 
 
 def existing_file(path: Path, what: str) -> Path:
