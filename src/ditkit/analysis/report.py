@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from ditkit.analysis.pictures import to_image
 from ditkit.analysis.plots import Point, scatter
-from ditkit.analysis.result import COLUMNS, BenchResult, Row
+from ditkit.analysis.result import COLUMNS, BenchResult, Row, label
 
 _KINDS = {
     "dense": "dense sampling",
@@ -41,7 +41,12 @@ def render(result: BenchResult, title: str) -> str:
             {"number": i, "row": row, "cells": [show(row) for _, show, _ in COLUMNS]} for i, row in numbered
         ],
         galleries=[
-            {"number": i, "row": row, "pictures": [embedded(p) for p in result.pictures[row.label]]}
+            {
+                "number": i,
+                "row": row,
+                "label": label(row),
+                "pictures": map(embedded, result.pictures[row.label]),
+            }
             for i, row in numbered
             if row.label in result.pictures
         ],
@@ -63,9 +68,7 @@ def headline(result: BenchResult) -> str:
         and _nearer(row, plain.get(row.steps_computed or 0))
     ]
     if not better:
-        return (
-            "No method was both faster than dense sampling and nearer to it than plain sampling in this run."
-        )
+        return "In this run no method was both faster than dense sampling and nearer to it than fewer steps."
     best = min(better, key=lambda row: row.time_ratio or 1.0)
     text = (
         f"{best.label} took {best.time_ratio:.2f} of dense sampling's time, "

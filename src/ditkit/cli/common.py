@@ -65,10 +65,13 @@ def _is_wrong_use(error: Exception) -> bool:
     """Errors about what was asked, raised before work starts, as against failures of the work itself."""
     from ditkit.registry import OptionError, UnknownNameError
 
-    if isinstance(error, (UsageError, UnknownNameError, OptionError, FileNotFoundError, PermissionError)):
+    if isinstance(error, (UsageError, UnknownNameError, OptionError)):
         return True
+    if isinstance(error, (FileNotFoundError, FileExistsError, PermissionError)):
+        return True
+    # by name, so that refusing a method does not import the seams and the trainer
     names = {kind.__name__ for kind in type(error).__mro__}
-    return bool(names & {"UnsupportedModelError", "ConflictError", "ConfigError", "UnknownModelError"})
+    return bool(names & {"UnsupportedModelError", "ConflictError", "ConfigError", "ConversionError"})
 
 
 def _one_line(error: Exception) -> str:
