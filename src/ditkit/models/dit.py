@@ -1,0 +1,304 @@
+"""DiT: a transformer over latent patches, conditioned by adaptive layer norm; and SiT, the same network.
+
+DiT: Peebles and Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748, section 3: patch
+tokens, N adaLN-Zero blocks, a linear head that predicts the noise and a variance. SiT: Ma et al., arXiv
+2401.08740, keeps the network and changes the process (`ditkit.processes`): time is in [0, 1] and the
+variance channels are dropped. Parameter names are those of both releases, so their state dicts load as they
+are. Beyond them: rectangular latents, sizes other than the configured one, and guidance on all channels.
+
+Dimensions: see `layers`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import CacheMixin, ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from ditkit.models.guidance import GuidedChannels, guide, guided_channels
+from ditkit.models.layers import (
+    Attention,
+    FinalLayer,
+    LabelEmbedder,
+    Mlp,
+    PatchEmbed,
+    TimestepEmbedder,
+    modulate,
+    sincos_table,
+    unpatchify,
+)
+from ditkit.registry import Paper, register
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP, each shifted, scaled and gated by the conditioning (adaLN-Zero).
+
+    The outputs of `attn` and `mlp` are taken before the gates: that is where feature caches hook.
+    """
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(width, num_heads)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, hidden_states: Tensor, conditioning: Tensor) -> Tensor:
+        """Tokens (B, T, D) and conditioning (B, T or 1, D) to tokens (B, T, D)."""
+        modulation = self.adaLN_modulation(conditioning).chunk(6, dim=-1)  # 6 x (B, T or 1, D)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
+        attended = self.attn(modulate(self.norm1(hidden_states), shift_attn, scale_attn))
+        hidden_states = hidden_states + gate_attn * attended
+        transformed = self.mlp(modulate(self.norm2(hidden_states), shift_mlp, scale_mlp))
+        return hidden_states + gate_mlp * transformed
+
+
+class DiT(ModelMixin, ConfigMixin, CacheMixin):
+    """Class-conditional diffusion transformer.
+
+    Args:
+        input_size: height and width of the latent, or one number for both; other sizes run too.
+        patch_size: side of a patch; every input side must be a multiple of it.
+        in_channels: latent channels C.
+        hidden_size: width D, a multiple of 4 and of `num_heads`.
+        depth: number of blocks.
+        num_heads: attention heads.
+        mlp_ratio: hidden width of the MLP over D.
+        class_dropout_prob: how often training drops a label; above 0 there is a null class for guidance.
+        num_classes: classes, the null class not counted.
+        learn_sigma: whether the network predicts 2 C channels, the second half for a learned variance.
+
+    Raises:
+        ValueError: for sizes that do not divide.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["DiTBlock"]
+    _repeated_blocks = ["DiTBlock"]
+    _skip_layerwise_casting_patterns = ["x_embedder", "pos_embed", "t_embedder", "y_embedder", "norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        input_size: int | tuple[int, int] = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 1152,
+        depth: int = 28,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        class_dropout_prob: float = 0.1,
+        num_classes: int = 1000,
+        learn_sigma: bool = True,
+    ) -> None:
+        super().__init__()
+        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+        self.in_channels = in_channels
+        self.out_channels = in_channels * (2 if learn_sigma else 1)
+        self.gradient_checkpointing = False
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
+        self.grid = self.x_embedder.grid(height, width)
+        rows, columns = self.grid
+        # A parameter, though fixed: the authors save it and count it.
+        self.pos_embed = nn.Parameter(torch.empty(1, rows * columns, hidden_size), requires_grad=False)
+        self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.initialize_weights()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """The authors' start: Xavier, with every gate and the head at zero, so each block is the identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a view: as one linear map
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        gates = [block.adaLN_modulation[1] for block in self.blocks]
+        for layer in (*gates, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        self.pos_embed.copy_(sincos_table(self.config["hidden_size"], *self.grid))
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """The position table of a grid of tokens, (1, R S, D): the loaded one for the configured grid."""
+        if grid == self.grid:
+            return self.pos_embed
+        return sincos_table(self.pos_embed.shape[-1], *grid).to(self.pos_embed.device, self.pos_embed.dtype)
+
+    def embed(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor | None = None,
+        force_drop_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Latent (B, C, H, W), times (B,) and labels (B,) to tokens (B, T, D) and conditioning (B, 1, D)."""
+        self._check(hidden_states, timestep, class_labels)
+        if class_labels is None:
+            null = self.y_embedder.null_label
+            class_labels = torch.full_like(timestep, null, dtype=torch.long)
+        grid = self.x_embedder.grid(*hidden_states.shape[-2:])
+        tokens = self.x_embedder(hidden_states) + self.positions(grid)  # (B, T, D)
+        time = self.t_embedder(timestep, dtype=tokens.dtype)  # (B, D)
+        conditioning = time + self.y_embedder(class_labels, force_drop_ids)  # (B, D)
+        return tokens, conditioning.unsqueeze(1)
+
+    def run_blocks(
+        self, tokens: Tensor, conditioning: Tensor, start: int = 0, stop: int | None = None
+    ) -> Tensor:
+        """Blocks `start` to `stop` (not included; None is the end) over tokens (B, T, D)."""
+        for block in self.blocks[start:stop]:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                tokens = self._gradient_checkpointing_func(block, tokens, conditioning)
+            else:
+                tokens = block(tokens, conditioning)
+        return tokens
+
+    def head(self, tokens: Tensor, conditioning: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens (B, R S, D) of a grid (R, S) to the prediction (B, C_out, H, W)."""
+        tokens = self.final_layer(tokens, conditioning)  # (B, T, P P C_out)
+        return unpatchify(tokens, grid, self.x_embedder.patch_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor | None = None,
+        force_drop_ids: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """The network's prediction.
+
+        Args:
+            hidden_states: noised latent, (B, C, H, W).
+            timestep: times, (B,) or a scalar, possibly fractional: 0..999 for DiT, 0..1 for SiT.
+            class_labels: integer labels, (B,); the null class is `num_classes`, and None is null for all.
+            force_drop_ids: 1 where the label is to be dropped, (B,); None drops at random in training.
+            return_dict: whether to return an object with `.sample`, or a tuple.
+
+        Returns:
+            The prediction, (B, C_out, H, W): C_out = 2 C with a learned variance (DiT), else C.
+
+        Raises:
+            ValueError: for inputs of the wrong shape, or None as labels on a model without null class.
+        """
+        if timestep.ndim == 0:
+            timestep = timestep.expand(hidden_states.shape[0])
+        tokens, conditioning = self.embed(hidden_states, timestep, class_labels, force_drop_ids)
+        tokens = self.run_blocks(tokens, conditioning)
+        sample = self.head(tokens, conditioning, self.x_embedder.grid(*hidden_states.shape[-2:]))
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def forward_with_cfg(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        class_labels: Tensor,
+        guidance_scale: float,
+        guidance_channels: GuidedChannels = 3,
+    ) -> Tensor:
+        """The guided prediction of a batch whose second half holds the null labels.
+
+        Args:
+            hidden_states: (B, C, H, W); the second half is ignored, the first one is used for both.
+            timestep: times, (B,).
+            class_labels: (B,), labels then null labels.
+            guidance_scale: 1 is no guidance.
+            guidance_channels: how many leading channels are guided, 3 as the authors, or "all" (of C).
+
+        Returns:
+            (B, C_out, H, W); both halves hold the guided channels, the others are each half's own.
+
+        Raises:
+            ValueError: for an odd batch or a number of channels that the model does not have.
+        """
+        if hidden_states.shape[0] % 2:
+            raise ValueError(
+                f"guidance needs labels and null labels in equal number: batch {hidden_states.shape[0]}"
+            )
+        channels = guided_channels(guidance_channels, self.in_channels)
+        first_half = hidden_states[: hidden_states.shape[0] // 2]
+        both = torch.cat([first_half, first_half])
+        (prediction,) = self(both, timestep, class_labels, return_dict=False)
+        return torch.cat(guide(*prediction.chunk(2), guidance_scale, channels))
+
+    def _check(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor | None) -> None:
+        if hidden_states.ndim != 4 or hidden_states.shape[1] != self.in_channels:
+            raise ValueError(
+                f"hidden_states has shape {tuple(hidden_states.shape)}; "
+                f"expected (B, {self.in_channels}, H, W)"
+            )
+        for name, tensor in (("timestep", timestep), ("class_labels", class_labels)):
+            if tensor is not None and tensor.shape != hidden_states.shape[:1]:
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}; expected one for each of the "
+                    f"{hidden_states.shape[0]} samples"
+                )
+
+
+class SiT(DiT):
+    """The same network for interpolants: times in [0, 1], variance channels computed but dropped."""
+
+    def head(self, tokens: Tensor, conditioning: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens (B, R S, D) to the prediction (B, C, H, W)."""
+        return super().head(tokens, conditioning, grid)[:, : self.in_channels]
+
+
+SIZES: dict[str, dict[str, int]] = {
+    "s": {"depth": 12, "hidden_size": 384, "num_heads": 6},
+    "b": {"depth": 12, "hidden_size": 768, "num_heads": 12},
+    "l": {"depth": 24, "hidden_size": 1024, "num_heads": 16},
+    "xl": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
+}
+VARIANTS: dict[str, dict[str, int]] = {
+    f"{size}/{patch}": {**dimensions, "patch_size": patch}
+    for size, dimensions in SIZES.items()
+    for patch in (2, 4, 8)
+}
+
+
+def _variant(name: str | None) -> dict[str, int]:
+    if name is None:
+        return {}
+    if name not in VARIANTS:
+        raise ValueError(f"no variant {name!r}; there are {', '.join(VARIANTS)}")
+    return VARIANTS[name]
+
+
+@register(
+    "model",
+    "dit",
+    summary="class-conditional diffusion transformer with adaLN-Zero blocks; dit-{s,b,l,xl}/{2,4,8}",
+    paper=Paper("Scalable Diffusion Models with Transformers", "2212.09748", 2022),
+    seam=("architecture",),
+)
+def dit(variant: str | None = None, **config: Any) -> DiT:
+    """A fresh DiT of a named variant ("xl/2"; None: the defaults), with changes to its config."""
+    return DiT(**{**_variant(variant), **config})
+
+
+@register(
+    "model",
+    "sit",
+    summary="the DiT network for interpolants (flow matching); sit-{s,b,l,xl}/{2,4,8}",
+    paper=Paper(
+        "SiT: Exploring Flow and Diffusion-based Generative Models with Scalable Interpolant Transformers",
+        "2401.08740",
+        2024,
+    ),
+    seam=("architecture",),
+)
+def sit(variant: str | None = None, **config: Any) -> SiT:
+    """A fresh SiT of a named variant ("xl/2"; None: the defaults), with changes to its config."""
+    return SiT(**{**_variant(variant), **config})

@@ -1,0 +1,181 @@
+"""Layers that several diffusion transformers share.
+
+Sources: Peebles and Xie, arXiv 2212.09748 (adaLN-Zero block, embedders, head); the sine-cosine table is the
+two-dimensional one of MAE, arXiv 2111.06377. Parameter names are those of the DiT checkpoints.
+
+Dimensions: B batch, C channels, H and W latent height and width, P patch size, R and S rows and columns of
+tokens, T = R S tokens, D width, N heads, E = D/N head width. A conditioning vector is (B, 1, D), or (B, T, D)
+where every token has its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Adaptive layer norm's affine step `x (1 + scale) + shift`; all of (B, T or 1, D)."""
+    return hidden_states * (1 + scale) + shift
+
+
+@functools.lru_cache(maxsize=16)
+def sincos_table(width: int, rows: int, columns: int) -> Tensor:
+    """Fixed two-dimensional sine-cosine positions, row-major over the grid, float32 on the CPU, (1, R S, D).
+
+    The first D/2 channels encode the column and the last D/2 the row; each half is sines then cosines of
+    `position * 10000^(-k / (D/4))`, computed in float64.
+
+    Raises:
+        ValueError: if `width` is not a multiple of 4.
+    """
+    if width % 4:
+        raise ValueError(f"width={width} has no two-dimensional sine-cosine table; choose a multiple of 4")
+    on_cpu = {"dtype": torch.float64, "device": "cpu"}  # explicit: a caller may be building on "meta"
+    frequencies = 10000.0 ** (-torch.arange(width // 4, **on_cpu) / (width / 4))
+    row = torch.arange(rows, **on_cpu).repeat_interleave(columns)  # (T,)
+    column = torch.arange(columns, **on_cpu).repeat(rows)  # (T,)
+    halves = [torch.outer(position, frequencies) for position in (column, row)]  # 2 x (T, D/4)
+    table = torch.cat([part for half in halves for part in (half.sin(), half.cos())], dim=1)  # (T, D)
+    return table.float().unsqueeze(0)
+
+
+def unpatchify(tokens: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """Token outputs (B, T, P P C), channel fastest, to pictures (B, C, R P, S P)."""
+    rows, columns = grid
+    patches = tokens.unflatten(1, (rows, columns)).unflatten(3, (patch_size, patch_size, -1))  # (B,R,S,P,P,C)
+    return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, R P, S P)
+
+
+class PatchEmbed(nn.Module):
+    """One linear map of each P x P patch: (B, C, H, W) -> (B, T, D), row-major."""
+
+    def __init__(self, patch_size: int, in_channels: int, width: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        return self.proj(pictures).flatten(2).transpose(1, 2)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of tokens of a latent of that size.
+
+        Raises:
+            ValueError: if a side is not a multiple of the patch size.
+        """
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"a latent of {height}x{width} can't be cut into patches of side {self.patch_size}; "
+                f"pad or crop both sides to a multiple of {self.patch_size}"
+            )
+        return height // self.patch_size, width // self.patch_size
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoidal features of the time, then a two-layer perceptron: (B,) -> (B, D)."""
+
+    def __init__(self, width: int, frequencies: int = 256) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    @staticmethod
+    def features(timestep: Tensor, width: int, max_period: float = 10000.0) -> Tensor:
+        """Cosines then sines of `t * max_period^(-i / (width/2))` in float32; times may be fractional."""
+        half = width // 2
+        index = torch.arange(half, dtype=torch.float32, device=timestep.device)
+        angles = timestep.float()[:, None] * torch.exp(-math.log(max_period) * index / half)  # (B, half)
+        return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+    def forward(self, timestep: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.mlp(self.features(timestep, self.frequencies).to(dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """Class embeddings with the labels dropped at random in training: (B,) -> (B, D).
+
+    With `dropout > 0` the table has one row more, the null class, which stands for "no label".
+    """
+
+    def __init__(self, num_classes: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.dropout = dropout
+        self.embedding_table = nn.Embedding(num_classes + (dropout > 0), width)
+
+    @property
+    def null_label(self) -> int:
+        """The label that means "none".
+
+        Raises:
+            ValueError: if the model was built without one.
+        """
+        if self.dropout <= 0:
+            raise ValueError(
+                "this model has no null class (class_dropout_prob=0): give it a label for every sample, "
+                "or train one with class_dropout_prob > 0 for guidance"
+            )
+        return self.num_classes
+
+    def drop(self, labels: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
+        """Labels (B,) with the null class where `force_drop_ids` is 1, or at random in training."""
+        if force_drop_ids is not None:
+            return torch.where(force_drop_ids == 1, self.null_label, labels)
+        if self.training and self.dropout > 0:
+            dropped = torch.rand(labels.shape, device=labels.device) < self.dropout
+            return torch.where(dropped, self.null_label, labels)
+        return labels
+
+    def forward(self, labels: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
+        return self.embedding_table(self.drop(labels, force_drop_ids))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused projection: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"width={width} can't be split over num_heads={num_heads}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        qkv = self.qkv(hidden_states).unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, N, E)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, N, T, E)
+        # Called through the module's attribute: that is where attention methods step in.
+        attended = F.scaled_dot_product_attention(query, key, value)  # (B, N, T, E)
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear maps around a tanh-approximated GELU: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden_width)
+        self.act = nn.GELU(approximate="tanh")
+        self.fc2 = nn.Linear(hidden_width, width)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(hidden_states)))
+
+
+class FinalLayer(nn.Module):
+    """The head: adaptive layer norm and one linear map, (B, T, D) -> (B, T, P P C_out)."""
+
+    def __init__(self, width: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, hidden_states: Tensor, conditioning: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(conditioning).chunk(2, dim=-1)  # each (B, T or 1, D)
+        return self.linear(modulate(self.norm_final(hidden_states), shift, scale))

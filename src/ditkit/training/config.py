@@ -1,0 +1,177 @@
+"""One YAML file per training run, validated: what a run is made of, with errors that name the key.
+
+A file holds one run, or `stages:` with several that run one after the other (an autoencoder before the
+transformer that works in its latents). `a.b=value` on the command line overrides a key; `stages.1.steps=100`
+reaches into a stage by its number, `transformer.steps=100` by its name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A training file that can't be used; the message names the key and what was seen."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class DataConfig(_Section):
+    """Which pictures. `every: {tone: 4}` shows a quarter of that group in each epoch, in turn."""
+
+    kind: Literal["emoji", "folder"] = "emoji"
+    path: Path | None = None
+    size: int = Field(64, ge=8)
+    split: Literal["all", "train", "heldout"] = "train"
+    groups: list[str] | None = None
+    every: dict[str, int] = {}
+
+    @model_validator(mode="after")
+    def _folder_has_path(self) -> DataConfig:
+        if self.kind == "folder" and self.path is None:
+            raise ValueError("kind: folder needs path")
+        return self
+
+
+class OptimizerConfig(_Section):
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+    eps: float = Field(1e-8, gt=0)
+    clip_grad_norm: float | None = Field(None, gt=0)
+
+
+class ScheduleConfig(_Section):
+    """Learning rate over steps: linear warm-up, then constant, cosine, or constant with a linear end.
+
+    `decay_steps` is the length of the linear end of `constant` (0: none); all end at `final_factor` x lr.
+    """
+
+    kind: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    decay_steps: int = Field(0, ge=0)
+    final_factor: float = Field(0.0, ge=0, le=1)
+
+
+class EMAConfig(_Section):
+    decay: float = Field(0.999, gt=0, lt=1)
+    warmup: bool = True
+
+
+class RunConfig(_Section):
+    """One run of the trainer. `task` names what is trained; `task_options` are its own keys."""
+
+    name: str
+    task: str
+    task_options: dict[str, Any] = {}
+    seed: int = 0
+    steps: int = Field(ge=1)
+    batch_size: int = Field(64, ge=1, description="over all processes and accumulation steps")
+    accumulation: int = Field(1, ge=1)
+    precision: Literal["no", "bf16", "fp16"] = "bf16"
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    ema: EMAConfig | None = EMAConfig()
+    log_every: int = Field(20, ge=1)
+    sample_every: int = Field(0, ge=0, description="0: never")
+    checkpoint_every: int = Field(500, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    heldout_every: int = Field(0, ge=0, description="0: never")
+    tracker: str | None = "tensorboard"
+
+    @model_validator(mode="after")
+    def _divisible(self) -> RunConfig:
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulation={self.accumulation}")
+        return self
+
+
+class TrainingFile(_Section):
+    """A whole file: where it writes, and its stages in order."""
+
+    output: Path
+    stages: list[RunConfig] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> TrainingFile:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stages: names must differ, got {names}")
+        return self
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TrainingFile:
+    """Read and validate a training file.
+
+    Args:
+        path: a YAML file: either `output:` and `stages:`, or `output:` and the keys of one run.
+        overrides: `key.path=value`, the value read as YAML.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        ConfigError: names each bad key and what was seen.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no training file at {path}")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected keys and values, got {type(raw).__name__}")
+    if "stages" not in raw:
+        output = raw.pop("output", None)
+        raw = {"output": output or f"runs/{raw.get('name', path.stem)}", "stages": [raw]}
+    for override in overrides:
+        _override(raw, override)
+    try:
+        return TrainingFile.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: " + "; ".join(_explain(e) for e in error.errors())) from error
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(map(str, error["loc"])) or "file"
+    seen = "" if error["type"] in ("missing", "extra_forbidden") else f" (got {error['input']!r})"
+    if error["type"] == "extra_forbidden":
+        return f"{where}: no such key"
+    return f"{where}: {error['msg']}{seen}"
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {text!r} is not of the form key=value")
+    parts = key.strip().split(".")
+    node: Any = raw
+    if parts[0] != "stages" and parts[0] not in raw:
+        named = {s.get("name"): s for s in raw["stages"] if isinstance(s, dict)}
+        if parts[0] in named:
+            node, parts = named[parts[0]], parts[1:]
+        elif len(raw["stages"]) == 1:
+            node = raw["stages"][0]
+        else:
+            raise ConfigError(f"override {text!r}: begin with a stage name ({', '.join(map(str, named))}) or output")
+    if not parts:
+        raise ConfigError(f"override {text!r} names a stage, not a key in it")
+    for part in parts[:-1]:
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise ConfigError(f"override {text!r}: {part!r} is not one of the {len(node)} stages' numbers")
+            node = node[int(part)]
+        else:
+            node = node.setdefault(part, {})
+        if not isinstance(node, dict | list):
+            raise ConfigError(f"override {text!r}: {part!r} holds a value, not keys")
+    try:
+        node[parts[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {text!r}: {error}") from error

@@ -1,0 +1,31 @@
+"""What can be trained: one file a task, all behind `Task`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+
+from ditkit.training.tasks.base import Task
+
+_HOMES = {
+    "autoencoder": "ditkit.training.tasks.autoencoder:AutoencoderTask",
+    "text-encoders": "ditkit.training.tasks.text_encoders:TextEncodersTask",
+    "text-to-image": "ditkit.training.tasks.text_to_image:TextToImageTask",
+    "class-to-image": "ditkit.training.tasks.class_to_image:ClassToImageTask",
+}
+
+
+def find(name: str) -> type[Task]:
+    """The task of that name.
+
+    Raises:
+        ValueError: unknown task; the nearest names.
+    """
+    if name not in _HOMES:
+        near = difflib.get_close_matches(name, _HOMES, n=2, cutoff=0.4) or sorted(_HOMES)
+        raise ValueError(f"task: unknown {name!r}; did you mean {' or '.join(near)}?")
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+__all__ = ["Task", "find"]

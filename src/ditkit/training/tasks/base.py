@@ -1,0 +1,81 @@
+"""The interface between the trainer and what it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
+
+from ditkit.training.config import ConfigError, RunConfig
+from ditkit.training.order import BatchNoise
+
+
+class TaskOptions(BaseModel):
+    """A task's own keys (`task_options` in the file); unknown ones are errors."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class Task(nn.Module):
+    """What is trained: its modules, its data and its loss.
+
+    Parameters with `requires_grad` are trained, averaged (EMA) and checkpointed; whatever the data and the
+    options determine is rebuilt at the start instead. `forward` gives the loss of some samples, so that
+    wrapping the task for several processes wraps everything that has gradients.
+    """
+
+    Options: type[TaskOptions] = TaskOptions
+
+    def __init__(self, run: RunConfig, folder: Path, earlier: dict[str, Path]) -> None:
+        """`folder`: this stage's folder. `earlier`: the folders of the stages before it, by name."""
+        super().__init__()
+        self.run = run
+        self.folder = folder
+        self.earlier = earlier
+        try:
+            self.options: Any = self.Options.model_validate(run.task_options)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ConfigError(f"{run.name}.task_options.{where}: {first['msg']}") from error
+
+    def stage_folder(self, name: str) -> Path:
+        """Where an earlier stage exported to.
+
+        Raises:
+            ConfigError: there is no such stage before this one.
+        """
+        if name not in self.earlier:
+            raise ConfigError(f"{self.run.name}: no stage {name!r} before it (there are: {', '.join(self.earlier)})")
+        return self.earlier[name] / "export"
+
+    @property
+    def sample_count(self) -> int:
+        """Number of training samples."""
+        raise NotImplementedError
+
+    def sample_periods(self) -> list[int] | None:
+        """In how many epochs each sample comes once; None: in each."""
+        return None
+
+    def forward(self, indices: torch.Tensor, noise: BatchNoise) -> dict[str, torch.Tensor]:
+        """Losses of the samples `indices` (B,): scalars, means over the samples; `"loss"` is minimised."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def heldout_loss(self) -> dict[str, float]:
+        """Losses on samples that are never trained on, with fixed noise; empty when the task has none."""
+        return {}
+
+    @torch.no_grad()
+    def draw(self) -> Image.Image | None:
+        """A picture that shows the state of the training; None when there is nothing to see."""
+        return None
+
+    def export(self, folder: Path) -> None:
+        """Save what was trained in its public format (called with the averaged weights in place)."""
+        raise NotImplementedError

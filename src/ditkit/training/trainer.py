@@ -1,0 +1,316 @@
+"""One trainer for every task: accelerate, mixed precision, EMA, exact resume.
+
+The state of a run is the trained parameters, their average, the optimizer, the schedule, the random state
+and the position in the data; a checkpoint holds all of it. A run that is killed continues from the newest
+checkpoint and, on the same machine, takes bit for bit the steps it would have taken.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from rich.console import Console
+from tqdm.auto import tqdm
+
+from ditkit.training import checkpoint as ckpt
+from ditkit.training import config as configuration
+from ditkit.training.order import BatchNoise, SampleOrder, mix, split_rows
+from ditkit.training.tasks import Task, find
+
+console = Console(stderr=True)
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on; what was saved is kept."""
+
+
+def train(path: str | Path, overrides: list[str] | tuple[str, ...] = (), resume: bool = False) -> Path:
+    """Run every stage of a training file in order and return the folder of the last stage's export.
+
+    Args:
+        path: YAML file, see `ditkit.training.config`.
+        overrides: `key=value` texts.
+        resume: continue in the output folder, stage by stage, from the newest intact checkpoint; stages
+            that are already exported are passed over.
+
+    Raises:
+        ConfigError: a bad key or value.
+        FileExistsError: the output folder holds a run and `resume` is False.
+        TrainingError: the loss is not finite.
+    """
+    file = configuration.load(path, overrides)
+    for stage in file.stages:
+        find(stage.task)
+    stages = [file.output / stage.name for stage in file.stages]
+    if not resume and any(folder.exists() for folder in stages):
+        raise FileExistsError(f"{file.output} holds a run already: pass --resume to continue it or choose another output")
+    earlier: dict[str, Path] = {}
+    for stage, folder in zip(file.stages, stages, strict=True):
+        if not (folder / "export").is_dir():
+            run_stage(stage, folder, dict(earlier))
+        earlier[stage.name] = folder
+    return stages[-1] / "export"
+
+
+def run_stage(run: configuration.RunConfig, folder: Path, earlier: dict[str, Path]) -> None:
+    """Train one stage to its end and export it under `folder/export`."""
+    accelerator = Accelerator(
+        mixed_precision=run.precision,
+        gradient_accumulation_steps=run.accumulation,
+        log_with=run.tracker,
+        project_dir=folder,
+        cpu=not torch.cuda.is_available(),
+    )
+    torch.manual_seed(mix(run.seed, 0))
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
+    accelerator.wait_for_everyone()
+    task = find(run.task)(run, folder, earlier)
+    trainer = Trainer(run, folder, task, accelerator)
+    trainer.fit()
+    if accelerator.is_main_process:
+        trainer.export()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+class Trainer:
+    """The loop of one stage."""
+
+    def __init__(self, run: configuration.RunConfig, folder: Path, task: Task, accelerator: Accelerator) -> None:
+        self.run, self.folder, self.task, self.accelerator = run, folder, task, accelerator
+        self.names, self.parameters = _trainable(task)
+        self.order = SampleOrder(task.sample_count, mix(run.seed, 7), task.sample_periods())
+        optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=run.optimizer.lr,
+            betas=run.optimizer.betas,
+            eps=run.optimizer.eps,
+            weight_decay=run.optimizer.weight_decay,
+            foreach=True,
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(run, step))
+        self.ema = (
+            EMAModel(self.parameters, decay=run.ema.decay, use_ema_warmup=run.ema.warmup, power=0.75)
+            if run.ema
+            else None
+        )
+        self.step = 0
+        self.model, self.optimizer = accelerator.prepare(task, optimizer)
+        self.schedule = schedule
+        if self.ema:
+            self.ema.to(accelerator.device)
+        self._restore()
+
+    def fit(self) -> None:
+        run, accelerator = self.run, self.accelerator
+        if accelerator.is_main_process and run.tracker:
+            accelerator.init_trackers("tracker", config={"name": run.name, "seed": run.seed, "steps": run.steps})
+        bar = tqdm(
+            total=run.steps, initial=self.step, desc=run.name, unit="step",
+            disable=not accelerator.is_main_process, mininterval=2.0,
+        )  # fmt: skip
+        started, window = time.perf_counter(), 0
+        while self.step < run.steps:
+            losses = self._train_step()
+            window += 1
+            bar.update()
+            if self.step % run.log_every == 0 or self.step == run.steps:
+                seconds = (time.perf_counter() - started) / window
+                self._log(losses, seconds, bar)
+                started, window = time.perf_counter(), 0
+            at_end = self.step == run.steps
+            if run.sample_every and (self.step % run.sample_every == 0 or at_end):
+                self._draw()
+            if run.heldout_every and (self.step % run.heldout_every == 0 or at_end):
+                self._evaluate()
+            if self.step % run.checkpoint_every == 0 or at_end:
+                self.save()
+        bar.close()
+
+    def _train_step(self) -> dict[str, torch.Tensor]:
+        run, accelerator = self.run, self.accelerator
+        indices = self.order.take(run.batch_size)
+        world = accelerator.num_processes
+        pieces = list(split_rows(run.batch_size, world * run.accumulation))
+        mine = pieces[accelerator.process_index :: world]
+        totals: dict[str, torch.Tensor] = {}
+        for rows in mine:
+            with accelerator.accumulate(self.model):
+                noise = BatchNoise(run.seed, self.step, run.batch_size, rows, accelerator.device)
+                with accelerator.autocast():
+                    losses = self.model(indices[rows].to(accelerator.device), noise)
+                accelerator.backward(losses["loss"])
+                if accelerator.sync_gradients and run.optimizer.clip_grad_norm:
+                    accelerator.clip_grad_norm_(self.parameters, run.optimizer.clip_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+            for name, value in losses.items():
+                totals[name] = totals.get(name, 0) + value.detach().float() / run.accumulation
+        self.schedule.step()
+        if self.ema:
+            self.ema.step(self.parameters)
+        self.step += 1
+        if not math.isfinite(float(totals["loss"])):
+            raise TrainingError(
+                f"{run.name}: the loss at step {self.step} is {float(totals['loss'])}; "
+                f"the last checkpoint in {self.folder / 'checkpoints'} is kept. Lower optimizer.lr or clip gradients."
+            )
+        return totals
+
+    def _log(self, losses: dict[str, torch.Tensor], seconds: float, bar: Any) -> None:
+        means = {
+            name: float(torch.as_tensor(self.accelerator.gather(value.reshape(1))).mean())
+            for name, value in losses.items()
+        }
+        record = {**means, "lr": self.schedule.get_last_lr()[0], "seconds_per_step": seconds}
+        bar.set_postfix(loss=f"{means['loss']:.4f}", lr=f"{record['lr']:.1e}")
+        self._record(record)
+
+    def _record(self, record: dict[str, float]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        if self.run.tracker:
+            self.accelerator.log(record, step=self.step)
+        with (self.folder / "metrics.jsonl").open("a") as out:
+            out.write(json.dumps({"step": self.step, **record}) + "\n")
+
+    def _evaluate(self) -> None:
+        with self._averaged():
+            losses = self.task.heldout_loss()
+        if losses:
+            self._record({f"heldout_{name}": value for name, value in losses.items()})
+
+    def _draw(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        with self._averaged():
+            picture = self.task.draw()
+        if picture is not None:
+            samples = self.folder / "samples"
+            samples.mkdir(exist_ok=True)
+            picture.save(samples / f"step-{self.step:08d}.png")
+
+    def _averaged(self) -> _Averaged:
+        return _Averaged(self)
+
+    # ---- state -------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint (main process); see `ditkit.training.checkpoint`."""
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            optimizer, facts = ckpt.pack_optimizer(self.optimizer.state_dict())
+            tensors = {
+                "model": dict(zip(self.names, (p.data for p in self.parameters), strict=True)),
+                "optimizer": optimizer,
+                "rng": {"torch": torch.get_rng_state()},
+            }
+            state: dict[str, Any] = {
+                "optimizer": facts,
+                "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"},
+                "data_position": list(self.order.position),
+            }
+            if self.ema:
+                average = self.ema.state_dict()
+                shadow = average.pop("shadow_params")
+                tensors["ema"] = dict(zip(self.names, shadow, strict=True))
+                state["ema"] = average
+            ckpt.write(self.folder / "checkpoints", ckpt.Checkpoint(self.step, tensors, state), self.run.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self) -> None:
+        saved = ckpt.newest(self.folder / "checkpoints")
+        if saved is None:
+            return
+        if set(saved.tensors["model"]) != set(self.names):
+            raise TrainingError(
+                f"{self.run.name}: the checkpoint in {self.folder} is of another model; choose another output"
+            )
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            parameter.data.copy_(saved.tensors["model"][name])
+        self.optimizer.load_state_dict(ckpt.unpack_optimizer(saved.tensors["optimizer"], saved.state["optimizer"]))
+        self.schedule.load_state_dict({**saved.state["schedule"], "lr_lambdas": [None]})
+        for group, factor in zip(self.optimizer.param_groups, self.schedule.lr_lambdas, strict=True):
+            group["lr"] = self.run.optimizer.lr * factor(saved.step)
+        if self.ema:
+            shadow = [saved.tensors["ema"][name].to(self.accelerator.device) for name in self.names]
+            self.ema.load_state_dict({**saved.state["ema"], "shadow_params": shadow})
+        torch.set_rng_state(saved.tensors["rng"]["torch"])
+        self.order.position = tuple(saved.state["data_position"])
+        self.step = saved.step
+        self._forget_records_after(saved.step)
+        if self.accelerator.is_main_process:
+            console.print(f"[bold]{self.run.name}[/] continues after step {self.step}")
+
+    def _forget_records_after(self, step: int) -> None:
+        """Drop what was logged after the checkpoint: those steps will be taken again."""
+        path = self.folder / "metrics.jsonl"
+        if self.accelerator.is_main_process and path.exists():
+            kept = []
+            for line in path.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+                except (json.JSONDecodeError, KeyError):
+                    continue  # the line a crash cut short
+            path.write_text("".join(f"{line}\n" for line in kept))
+
+    def export(self) -> None:
+        """Save the averaged weights in their public format, atomically."""
+        part = self.folder / ".export.part"
+        shutil.rmtree(part, ignore_errors=True)
+        with self._averaged():
+            self.task.export(part)
+        part.rename(self.folder / "export")
+
+
+class _Averaged:
+    """Context in which the trained parameters hold their average."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def __enter__(self) -> None:
+        self.training = self.trainer.task.training
+        self.trainer.task.eval()
+        if self.trainer.ema:
+            self.trainer.ema.store(self.trainer.parameters)
+            self.trainer.ema.copy_to(self.trainer.parameters)
+
+    def __exit__(self, *_: object) -> None:
+        if self.trainer.ema:
+            self.trainer.ema.restore(self.trainer.parameters)
+        self.trainer.task.train(self.training)
+
+
+def learning_rate_factor(run: configuration.RunConfig, step: int) -> float:
+    """Factor on the learning rate for the update after `step` updates."""
+    schedule = run.schedule
+    if step < schedule.warmup_steps:
+        return (step + 1) / schedule.warmup_steps
+    last = schedule.final_factor
+    if schedule.kind == "cosine":
+        share = min(1.0, (step - schedule.warmup_steps) / max(1, run.steps - schedule.warmup_steps))
+        return last + (1 - last) * 0.5 * (1 + math.cos(math.pi * share))
+    if schedule.decay_steps:
+        share = min(1.0, max(0.0, (step - (run.steps - schedule.decay_steps)) / schedule.decay_steps))
+        return 1 - (1 - last) * share
+    return 1.0
+
+
+def _trainable(task: Task) -> tuple[list[str], list[torch.nn.Parameter]]:
+    pairs = [(name, parameter) for name, parameter in task.named_parameters() if parameter.requires_grad]
+    if not pairs:
+        raise TrainingError(f"task {task.run.task!r} has no trainable parameter")
+    return [name for name, _ in pairs], [parameter for _, parameter in pairs]
