@@ -18,8 +18,9 @@ from ditkit.seams.executors import flex
 from ditkit.seams.executors.blocks import BlockLists, Tiling, dense_mask, density, tile_grid
 from ditkit.seams.executors.dense import combine, key_mask, masked_dense
 from ditkit.seams.executors.flex import FlexPlan, FlexTable, flex_blocks, flex_table, plan_blocks, plan_table
-from ditkit.seams.executors.gather import Windows, gather_blocks, gather_windows
+from ditkit.seams.executors.gather import gather_blocks
 from ditkit.seams.executors.scores import attention_with_lse, pooled_scores, pooled_tiles
+from ditkit.seams.executors.windows import Windows, gather_windows
 
 __all__ = [
     "BlockLists",

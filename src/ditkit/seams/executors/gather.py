@@ -7,8 +7,6 @@ n query tiles, t tokens in a tile, K keys gathered for a tile, R lists run at on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as _sdpa
@@ -18,7 +16,7 @@ from ditkit.seams.layout import TokenLayout
 
 # Keys and values gathered at once stay about within a core's second-level cache (measured: 2 MiB is best, 8 MiB
 # costs 30 %).
-_CHUNK_BYTES = 2 << 20
+CHUNK_BYTES = 2 << 20
 
 
 def gather_blocks(
@@ -64,7 +62,7 @@ def gather_blocks(
     parts, lines = [], []
     for group in lists.rows:
         size = G * (group.length * t + k_text.shape[2]) * d * 2 * q.element_size()
-        for which in group.which.split(max(1, _CHUNK_BYTES // max(size, 1))):
+        for which in group.which.split(max(1, CHUNK_BYTES // max(size, 1))):
             lines.append(which)
             parts.append(
                 _one_chunk(qt, kt, vt, k_text, v_text, visible, index, which, group.length, n, scale)
@@ -139,94 +137,3 @@ def with_text_queries(
     mask = None if keys is None else keys[:, None, None]
     text = _sdpa(q[:, :, layout.text_span], k, v, attn_mask=mask, scale=scale)
     return torch.cat([text, image] if layout.text == "prefix" else [image, text], dim=2)
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Query tiles, each with K keys of its own and an element mask on them; masks that are equal are kept once.
-
-    Args:
-        tiling: of the queries.
-        keys: (n, K) int64 raster numbers of the image keys that a tile gathers.
-        kind: (n,) int64, which of the masks a tile has.
-        masks: (M, t, K) bool, True where a query of the tile may read the key.
-    """
-
-    tiling: Tiling
-    keys: Tensor
-    kind: Tensor
-    masks: Tensor
-
-
-def gather_windows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    windows: Windows,
-    layout: TokenLayout,
-    *,
-    extra: tuple[Tensor, Tensor] | None = None,
-    keys: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """Attention where image queries read the keys of their tile that its mask allows, all text, and `extra`.
-
-    Args:
-        q, k, v: (B, h, L, d) in the order of `layout`.
-        extra: keys and values (B, h, E, d) that image queries read and text queries do not.
-        keys: (B or 1, L), bool (True: may be read) or additive: the validity of single keys, e.g. padded text.
-
-    Returns:
-        (B, h, L, d).
-    """
-    B, h, _, d = q.shape
-    n, K = windows.keys.shape
-    text = layout.text_span
-    always = [x[:, :, text] for x in (k, v)]                                   # (B, h, T, d)
-    if extra is not None:
-        always = [torch.cat([x, more], dim=2) for x, more in zip(always, extra, strict=True)]
-    T = always[0].shape[2]
-    flat = lambda x: x.reshape(B * h, *x.shape[2:])                            # noqa: E731
-    qt = flat(windows.tiling.split(q[:, :, layout.image_span])).transpose(0, 1)    # (n, G, t, d)
-    k_image, v_image = (flat(x[:, :, layout.image_span]) for x in (k, v))      # (G, N, d)
-    k_always, v_always = (flat(x)[None] for x in always)                       # (1, G, T, d)
-
-    bias = torch.zeros(windows.masks.shape, dtype=q.dtype, device=q.device)
-    bias = bias.masked_fill(~windows.masks, float("-inf"))                     # (M, t, K)
-    bias = torch.cat([bias, bias.new_zeros(*bias.shape[:2], T)], dim=-1)
-    row = None if keys is None else _additive(keys, q.dtype)
-    if row is not None:
-        more = row.new_zeros(row.shape[0], T - layout.joint_text_length)
-        row_text = torch.cat([row[:, text], more], dim=1)
-        row_image = row[:, layout.image_span]
-
-    def collect(image: Tensor, always: Tensor, which: Tensor) -> Tensor:
-        R = which.shape[0]
-        x = image.index_select(1, which.reshape(-1)).view(-1, R, K, d).transpose(0, 1)   # (R, G, K, d)
-        return torch.cat([x, always.expand(R, -1, -1, -1)], dim=2) if T else x
-
-    step = max(1, _CHUNK_BYTES // (B * h * (K + T) * d * 2 * q.element_size()))
-    parts = []
-    for start in range(0, n, step):
-        span = slice(start, start + step)
-        which = windows.keys[span]
-        mask = bias.index_select(0, windows.kind[span])[:, None]               # (R, 1, t, K + T)
-        if row is not None:
-            local = row_image[:, which.reshape(-1)].view(-1, *which.shape)     # (B or 1, R, K)
-            local = torch.cat([local, row_text[:, None].expand(-1, which.shape[0], -1)], dim=-1).transpose(0, 1)
-            local = local.repeat_interleave(h, dim=1) if local.shape[1] > 1 else local
-            mask = mask + local[:, :, None]                                    # (R, G or 1, t, K + T)
-        parts.append(
-            _sdpa(
-                qt[span], collect(k_image, k_always, which), collect(v_image, v_always, which),
-                attn_mask=mask, scale=scale,
-            )
-        )
-    out = torch.cat(parts).transpose(0, 1).unflatten(0, (B, h))                # (B, h, n, t, d)
-    return with_text_queries(windows.tiling.join(out), q, k, v, layout, keys, scale)
-
-
-def _additive(keys: Tensor, dtype: torch.dtype) -> Tensor:
-    if keys.dtype != torch.bool:
-        return keys.to(dtype)
-    return torch.zeros(keys.shape, dtype=dtype, device=keys.device).masked_fill(~keys, float("-inf"))
