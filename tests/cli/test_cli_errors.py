@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import ditkit.hub
 import pytest
 from conftest import one_line_error
+
+import ditkit.hub
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +36,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
         ("generate apple --out .", "--out .: the name has to end in .png"),
         ("bench --prompts missing.txt", "--prompts not found: missing.txt"),
         ("train missing.yaml", "config not found: missing.yaml"),
-        ("data emoji --preview sheet.pdf", "--out sheet.pdf: the name has to end in .png or .webp"),
+        ("data emoji --preview sheet.pdf", "--preview sheet.pdf: the name has to end in .png or .webp"),
     ],
 )
 def test_wrong_use(ditkit, tmp_path: Path, line: str, expected: str) -> None:

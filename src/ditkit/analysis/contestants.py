@@ -82,11 +82,15 @@ def name_of(method: Any) -> str:
     if entry is None:
         return type(method).__name__
     changed = [
-        f"{f.name}={getattr(method, f.name)}"
+        f"{f.name}={_text(getattr(method, f.name))}"
         for f in registry.options(entry).values()
         if f.default is dataclasses.MISSING or getattr(method, f.name) != f.default
     ]
     return entry.name + (":" + ",".join(changed) if changed else "")
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def peers(

@@ -9,7 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-from ditkit.cli.common import UsageError, bar, console, existing_file, guarded, notices, writable_folder
+from ditkit.cli.common import (
+    UsageError,
+    bar,
+    console,
+    existing_file,
+    guarded,
+    listed,
+    notices,
+    writable_folder,
+)
 from ditkit.cli.generate import Batch, Guidance, Model, Seed, Size, Steps, load, parse_size
 
 METHODS = (
@@ -79,12 +88,8 @@ def bench(
         )
     result.settings["model"] = model
     show(result)
-    for write, name in (
-        (result.to_json, "bench.json"),
-        (result.to_csv, "bench.csv"),
-        (result.to_html, "bench.html"),
-    ):
-        console.print(str(write(out / name)), highlight=False, soft_wrap=True)
+    written = [result.to_json(out / "bench.json"), result.to_csv(out / "bench.csv")]
+    listed([*written, result.to_html(out / "bench.html")])
 
 
 @contextlib.contextmanager

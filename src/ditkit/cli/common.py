@@ -108,35 +108,41 @@ def existing_file(path: Path, what: str) -> Path:
     return path
 
 
-def writable_file(path: Path, suffixes: tuple[str, ...] = ()) -> Path:
-    """`path`, checked before any work to be a place where a file can be written; makes its folder.
+def writable_file(path: Path, suffixes: tuple[str, ...] = (), option: str = "--out") -> Path:
+    """`path`, checked before any work to be a place where a file can be written. Makes nothing.
 
     Raises:
         UsageError: a suffix that is not one of `suffixes`, a folder, or a place without write permission.
     """
     if suffixes and path.suffix.lower() not in suffixes:
-        raise UsageError(f"--out {path}: the name has to end in {' or '.join(suffixes)}")
+        raise UsageError(f"{option} {path}: the name has to end in {' or '.join(suffixes)}")
     if path.is_dir():
-        raise UsageError(f"--out {path} is a folder, name a file in it")
-    writable_folder(path.parent)
+        raise UsageError(f"{option} {path} is a folder, name a file in it")
+    writable_folder(path.parent, option)
     return path
 
 
-def writable_folder(path: Path) -> Path:
-    """`path`, made if need be and checked before any work to take files.
+def writable_folder(path: Path, option: str = "--out") -> Path:
+    """`path`, checked before any work to be a folder that takes files or can be made. Makes nothing.
 
     Raises:
-        UsageError: it is a file, or it cannot be made or written to.
+        UsageError: it is a file or lies in one, or it cannot be made or written to.
     """
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise UsageError(f"{option}: {there} is not a folder")
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path, prefix=".ditkit-"):
+        with tempfile.NamedTemporaryFile(dir=there, prefix=".ditkit-"):
             pass
-    except (FileExistsError, NotADirectoryError):
-        raise UsageError(f"--out: {path} is not a folder") from None
     except OSError as error:
-        raise UsageError(f"--out: cannot write to {path} ({error.strerror})") from None
+        raise UsageError(f"{option}: cannot write to {path} ({error.strerror})") from None
     return path
+
+
+def listed(paths: list[Path]) -> None:
+    """The files that were written, one a line, for people and for scripts."""
+    for path in paths:
+        console.print(str(path), highlight=False, soft_wrap=True, markup=False)
 
 
 def bar(unit: str = "steps") -> Progress:

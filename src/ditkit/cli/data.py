@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ditkit.cli.common import console, guarded, writable_file
+from ditkit.cli.common import console, guarded, listed, writable_file
 
 
 def add_to(app: typer.Typer) -> None:
@@ -30,7 +30,7 @@ def emoji(
 ) -> None:
     """Emoji with their names: how many there are, and a preview."""
     if preview is not None:
-        writable_file(preview, (".png", ".webp"))
+        writable_file(preview, (".png", ".webp"), "--preview")
     from rich.table import Table
 
     from ditkit.data import emoji as library
@@ -43,5 +43,6 @@ def emoji(
         table.add_row(group, str(len(members)), str(held_out), members[len(members) // 2] if members else "")
     console.print(table)
     if preview is not None:
+        preview.parent.mkdir(parents=True, exist_ok=True)
         library.preview(preview, count, seed)
-        console.print(str(preview), highlight=False, soft_wrap=True)
+        listed([preview])

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from ditkit.cli.bench import bench_bar, show
-from ditkit.cli.common import console, guarded, writable_folder
-from ditkit.cli.generate import Guidance, Model, Seed, Steps, load
+from ditkit.cli.common import guarded, listed, writable_folder
+from ditkit.cli.generate import Guidance, Model, Seed, Size, Steps, load, parse_size
 
 
 def add_to(app: typer.Typer) -> None:
@@ -23,10 +23,12 @@ def demo(
     model: Model = "micro-flux",
     steps: Steps = 28,
     guidance: Guidance = None,
+    size: Size = None,
     seed: Seed = 0,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed rounds.")] = 3,
 ) -> None:
     """Draw eight pictures densely and with each method, side by side, and write a report."""
+    pixels = parse_size(size)
     writable_folder(out)
     from ditkit.analysis import demo as library
     from ditkit.analysis.sampling import Sampling
@@ -34,8 +36,7 @@ def demo(
     pipe = load(model)
     with bench_bar() as progress:
         result = library.demo(
-            out, pipe, sampling=Sampling(steps, guidance, None, seed), repeats=repeats, progress=progress
+            out, pipe, sampling=Sampling(steps, guidance, pixels, seed), repeats=repeats, progress=progress
         )
     show(result)
-    for name in ("demo.png", "report.html"):
-        console.print(str(out / name), highlight=False, soft_wrap=True)
+    listed([out / "demo.png", out / "report.html"])

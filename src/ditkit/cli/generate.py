@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ditkit.cli.common import UsageError, bar, console, guarded, notices, writable_file
+from ditkit.cli.common import UsageError, bar, guarded, listed, notices, writable_file
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -76,8 +76,7 @@ def generate(
         targets = numbered(out, len(prompt))
         images = [pictures.to_image(picture) for picture in drawn.pictures]
         written = [pictures.save(image, path) for image, path in zip(images, targets, strict=True)]
-    for path in written:
-        console.print(str(path), highlight=False, soft_wrap=True)
+    listed(written)
     notices.print(f"{len(prompt)} picture(s) in {drawn.seconds:.2f} s", highlight=False)
     if report is not None:
         notices.print(report)
@@ -85,8 +84,13 @@ def generate(
 
 def load(model: str) -> Any:
     """The pipeline, without its own progress bar: the commands have theirs."""
+    import diffusers
+    import transformers
+
     from ditkit.hub import load as from_hub
 
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
     with notices.status(f"loading {model}"):
         pipe = from_hub(model)
     pipe.set_progress_bar_config(disable=True)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ditkit.cli.common import UsageError, console, existing_file, guarded
+from ditkit.cli.common import UsageError, existing_file, guarded, listed
 
 
 def add_to(app: typer.Typer) -> None:
@@ -31,4 +31,4 @@ def train(
     from ditkit.training.trainer import train as run
 
     exported = run(config, tuple(overrides or ()), resume)
-    console.print(str(exported), highlight=False, soft_wrap=True)
+    listed([exported])
