@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import gc
 import math
-import os
 import platform
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -131,7 +131,7 @@ def bench(
 
 
 def _pipeline(model: Any) -> Any:
-    if isinstance(model, (str, os.PathLike)):
+    if isinstance(model, (str, Path)):
         from ditkit.hub import load
 
         model = load(model)
@@ -239,7 +239,7 @@ def _fill(entrant: _Entrant, dense: _Entrant, judge: Judge | None, prompts: Sequ
 
 
 def _name(model: Any) -> str:
-    return str(model) if isinstance(model, (str, os.PathLike)) else type(model).__name__
+    return str(model) if isinstance(model, (str, Path)) else type(model).__name__
 
 
 def _settings(name: str, pipe: Any, sampling: Sampling, repeats: int, batch: int) -> dict[str, Any]:
