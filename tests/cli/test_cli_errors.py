@@ -6,9 +6,20 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import one_line_error
+from typer.testing import Result
 
 import ditkit.hub
+
+
+def one_line_error(result: Result, code: int = 2) -> str:
+    """The message of a command that refused: one line on the error stream, nothing on the other one."""
+    assert result.exit_code == code, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert "Traceback" not in result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
 
 
 @pytest.fixture(autouse=True)
