@@ -67,6 +67,7 @@ class Host:
 
     Attributes:
         name: of the model inside the pipeline, `"transformer"` for a bare one.
+        entry: what is called from outside: the model, or the compiled module around it.
         running: True inside a forward of the model.
         arguments: of the forward that runs, by name.
     """
@@ -74,7 +75,8 @@ class Host:
     def __init__(
         self, model: nn.Module, pipeline: Any = None, name: str = "transformer", *, flops: bool = True
     ):
-        self.model = model
+        self.entry = model
+        self.model = model = _inside(model)
         self.pipeline = pipeline
         self.name = name
         self.anatomy: Anatomy = describe(model)
@@ -121,7 +123,8 @@ class Host:
         return self._layout[1]
 
     def attach(self, methods: tuple[Method, ...]) -> None:
-        self.hooks.put(self.model, "root", self._root)
+        # Around the compiled module, so that the clock reads timesteps outside the graph.
+        self.hooks.put(self.entry, "root", self._root)
         self.clock.attach()
         self.clock.on_schedule(self._stay)
         for method in methods:
@@ -144,9 +147,12 @@ class Host:
 
     def _stay(self) -> None:
         """accelerate's offloading puts back the forward of before when a generation ends: hook it again."""
-        if self.hooks.lost(self.model):
-            self.hooks.put_back(self.model)
+        if self.hooks.lost(self.entry):
+            self.hooks.put_back(self.entry)
 
+    @torch.compiler.disable(
+        recursive=False, reason="compile first, then apply: ditkit.apply(torch.compile(model), ...)"
+    )
     def _run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One forward of the model."""
         if self.running:
@@ -160,6 +166,8 @@ class Host:
         try:
             self.tokens.begin(arguments)
             self.blocks.begin(step)
+            if "attention" in vars(self):
+                self.attention.begin()
             shapes = _shapes(arguments)
             output = self._counted(forward, args, kwargs, shapes)
         except BaseException:
@@ -169,6 +177,8 @@ class Host:
             self.running = False
             computed = self.blocks.end()
             self.tokens.end()
+            if "attention" in vars(self):
+                self.attention.end()
             self.arguments = {}
         self.stats.seconds += time.perf_counter() - start
         self.stats.generations = self.clock.generation + 1
@@ -186,9 +196,8 @@ class Host:
         """Run a forward; count its FLOPs when none of its kind has been counted."""
         if not self.stats.count_flops or (shapes, self._kind()) in self.stats.kinds:
             return forward(*args, **kwargs)
-        if torch.compiler.is_compiling():
-            return forward(*args, **kwargs)
-        with counting() as count:
+        # Compiled code does not run under the counter: this one forward is eager.
+        with torch.compiler.set_stance("force_eager"), counting() as count:
             output = forward(*args, **kwargs)
         self.stats.kinds[shapes, self._kind()] = count
         return output
@@ -259,8 +268,8 @@ def apply(target: Any, *methods: Method, count_flops: bool = True) -> Run:
     _check(methods)
     models = _models(target)
     for name, model in models:
-        if model in _applied:
-            carried = ", ".join(map(describe_method, _applied[model].methods)) or "an empty run"
+        if _inside(model) in _applied:
+            carried = ", ".join(map(describe_method, _applied[_inside(model)].methods)) or "an empty run"
             raise ConflictError(
                 f"{name} already carries methods ({carried}). Call remove() on that run first, or pass all "
                 "methods to one apply()"
@@ -311,16 +320,15 @@ def _check(methods: tuple[Method, ...]) -> None:
 def _models(target: Any) -> list[tuple[str, nn.Module]]:
     """Names and modules of the transformers in a target."""
     if isinstance(target, nn.Module):
-        model = getattr(target, "_orig_mod", target)
-        describe(model)
-        return [("transformer", model)]
+        describe(_inside(target))
+        return [("transformer", target)]
     parts = getattr(target, "components", None)
     if not isinstance(parts, dict):
         raise UnsupportedModelError(
             f"target must be a DiffusionPipeline or a transformer module; got {type(target).__name__}"
         )
     modules = {
-        name: getattr(part, "_orig_mod", part) for name, part in parts.items() if isinstance(part, nn.Module)
+        name: part for name, part in parts.items() if isinstance(part, nn.Module)
     }
     denoisers = [(name, module) for name, module in modules.items() if name.startswith("transformer")]
     if not denoisers:
@@ -329,8 +337,13 @@ def _models(target: Any) -> list[tuple[str, nn.Module]]:
             "U-Nets and other denoisers are not supported"
         )
     for _, module in denoisers:
-        describe(module)
+        describe(_inside(module))
     return denoisers
+
+
+def _inside(module: nn.Module) -> nn.Module:
+    """The model inside what `torch.compile` returns."""
+    return getattr(module, "_orig_mod", module)
 
 
 def _shapes(arguments: dict[str, Any]) -> Hashable:
