@@ -115,19 +115,13 @@ class DiT(ModelMixin, ConfigMixin, CacheMixin):
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """The authors' start: Xavier, with every gate and the head at zero, so each block is the identity."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a view: as one linear map
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        gates = [block.adaLN_modulation[1] for block in self.blocks]
-        for layer in (*gates, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias") or "adaLN_modulation" in name or name == "final_layer.linear.weight":
+                nn.init.zeros_(parameter)
+            elif name.startswith(("t_embedder.", "y_embedder.")):
+                nn.init.normal_(parameter, std=0.02)
+            elif name != "pos_embed":
+                nn.init.xavier_uniform_(parameter.flatten(1))  # a view: patches as one linear map
         self.pos_embed.copy_(sincos_table(self.config["hidden_size"], *self.grid))
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
@@ -160,7 +154,8 @@ class DiT(ModelMixin, ConfigMixin, CacheMixin):
         """Blocks `start` to `stop` (not included; None is the end) over tokens (B, T, D)."""
         for block in self.blocks[start:stop]:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                tokens = self._gradient_checkpointing_func(block, tokens, conditioning)
+                checkpoint: Any = self._gradient_checkpointing_func  # set by enable_gradient_checkpointing
+                tokens = checkpoint(block, tokens, conditioning)
             else:
                 tokens = block(tokens, conditioning)
         return tokens
@@ -231,7 +226,8 @@ class DiT(ModelMixin, ConfigMixin, CacheMixin):
         first_half = hidden_states[: hidden_states.shape[0] // 2]
         both = torch.cat([first_half, first_half])
         (prediction,) = self(both, timestep, class_labels, return_dict=False)
-        return torch.cat(guide(*prediction.chunk(2), guidance_scale, channels))
+        conditional, unconditional = prediction.chunk(2)
+        return torch.cat(guide(conditional, unconditional, guidance_scale, channels))
 
     def _check(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor | None) -> None:
         if hidden_states.ndim != 4 or hidden_states.shape[1] != self.in_channels:

@@ -7,7 +7,7 @@ function `(x, t) -> prediction`, x (B, C, ...) and t (B,) from 0 (noise) to 1 (d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,7 +60,8 @@ def sample_ode(
         return transport.velocity(model(state, times), state, times)
 
     times = torch.linspace(first, last, points, device=start.device)
-    return odeint(drift, start, times, method=method, atol=atol, rtol=rtol)
+    states: Any = odeint(drift, start, times, method=method, atol=atol, rtol=rtol)
+    return states
 
 
 class SdeStates(NamedTuple):

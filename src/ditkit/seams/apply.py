@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import inspect
 import time
@@ -181,7 +183,8 @@ class Host:
         self.stats.seconds += time.perf_counter() - start
         self.stats.generations = self.clock.generation + 1
         self.stats.forward((step.generation, step.index), step.branch, computed, shapes, self._kind())
-        self.stats.measure()
+        if computed:
+            self.stats.measure()
         return output
 
     def _kind(self) -> Hashable:
@@ -234,9 +237,10 @@ class Run:
         if self._last is not None:
             return
         self._last = self.report()
-        for host in self.hosts:
-            _applied.pop(host.model, None)
-            host.remove()
+        with contextlib.ExitStack() as undo:
+            for host in self.hosts:
+                _applied.pop(host.model, None)
+                undo.callback(host.remove)
 
     def __enter__(self) -> Run:
         return self
@@ -286,8 +290,15 @@ def apply(target: Any, *methods: Method, count_flops: bool = True) -> Run:
 
 
 def describe_method(method: Method) -> str:
-    """The method's registry-like text: class name and options."""
-    return repr(method)
+    """The method's class with the options that are not the default, e.g. `TaylorSeer(interval=3)`."""
+    if not dataclasses.is_dataclass(method):
+        return repr(method)
+    changed = [
+        f"{option.name}={getattr(method, option.name)!r}"
+        for option in dataclasses.fields(method)
+        if option.repr and getattr(method, option.name) != option.default
+    ]
+    return f"{type(method).__name__}({', '.join(changed)})"
 
 
 def _check(methods: tuple[Method, ...]) -> None:

@@ -40,6 +40,7 @@ class DataConfig(_Section):
 
 
 class OptimizerConfig(_Section):
+    kind: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)

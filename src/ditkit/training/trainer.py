@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from ditkit.training import checkpoint as ckpt
 from ditkit.training import config as configuration
+from ditkit.training import optimizers
 from ditkit.training.order import BatchNoise, SampleOrder, mix, split_rows
 from ditkit.training.tasks import Task, find
 
@@ -91,23 +92,14 @@ class Trainer:
         self.run, self.folder, self.task, self.accelerator = run, folder, task, accelerator
         self.names, self.parameters = _trainable(task)
         self.order = SampleOrder(task.sample_count, mix(run.seed, 7), task.sample_periods())
-        optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=run.optimizer.lr,
-            betas=run.optimizer.betas,
-            eps=run.optimizer.eps,
-            weight_decay=run.optimizer.weight_decay,
-            foreach=True,
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(run, step))
+        self.model = accelerator.prepare(task)
+        self.optimizers = [accelerator.prepare(o) for o in optimizers.create(run.optimizer, task)]
         self.ema = (
             EMAModel(self.parameters, decay=run.ema.decay, use_ema_warmup=run.ema.warmup, power=0.75)
             if run.ema
             else None
         )
         self.step = 0
-        self.model, self.optimizer = accelerator.prepare(task, optimizer)
-        self.schedule = schedule
         if self.ema:
             self.ema.to(accelerator.device)
         self._restore()
@@ -145,6 +137,7 @@ class Trainer:
         pieces = list(split_rows(run.batch_size, world * run.accumulation))
         mine = pieces[accelerator.process_index :: world]
         totals: dict[str, torch.Tensor] = {}
+        self._set_learning_rate()
         for rows in mine:
             with accelerator.accumulate(self.model):
                 noise = BatchNoise(run.seed, self.step, run.batch_size, rows, accelerator.device)
@@ -153,11 +146,11 @@ class Trainer:
                 accelerator.backward(losses["loss"])
                 if accelerator.sync_gradients and run.optimizer.clip_grad_norm:
                     accelerator.clip_grad_norm_(self.parameters, run.optimizer.clip_grad_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
+                for optimizer in self.optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0) + value.detach().float() / run.accumulation
-        self.schedule.step()
         if self.ema:
             self.ema.step(self.parameters)
         self.step += 1
@@ -168,12 +161,19 @@ class Trainer:
             )
         return totals
 
+    def _set_learning_rate(self) -> None:
+        """The schedule is a function of the step, so it has no state to save."""
+        self.learning_rate = self.run.optimizer.lr * learning_rate_factor(self.run, self.step)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate
+
     def _log(self, losses: dict[str, torch.Tensor], seconds: float, bar: Any) -> None:
         means = {
             name: float(torch.as_tensor(self.accelerator.gather(value.reshape(1))).mean())
             for name, value in losses.items()
         }
-        record = {**means, "lr": self.schedule.get_last_lr()[0], "seconds_per_step": seconds}
+        record = {**means, "lr": self.learning_rate, "seconds_per_step": seconds}
         bar.set_postfix(loss=f"{means['loss']:.4f}", lr=f"{record['lr']:.1e}")
         self._record(record)
 
@@ -210,17 +210,14 @@ class Trainer:
         """Write a checkpoint (main process); see `ditkit.training.checkpoint`."""
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            optimizer, facts = ckpt.pack_optimizer(self.optimizer.state_dict())
             tensors = {
                 "model": dict(zip(self.names, (p.data for p in self.parameters), strict=True)),
-                "optimizer": optimizer,
                 "rng": {"torch": torch.get_rng_state()},
             }
-            state: dict[str, Any] = {
-                "optimizer": facts,
-                "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"},
-                "data_position": list(self.order.position),
-            }
+            state: dict[str, Any] = {"optimizers": [], "data_position": list(self.order.position)}
+            for index, optimizer in enumerate(self.optimizers):
+                tensors[f"optimizer-{index}"], facts = ckpt.pack_optimizer(optimizer.state_dict())
+                state["optimizers"].append(facts)
             if self.ema:
                 average = self.ema.state_dict()
                 shadow = average.pop("shadow_params")
@@ -239,10 +236,8 @@ class Trainer:
             )
         for name, parameter in zip(self.names, self.parameters, strict=True):
             parameter.data.copy_(saved.tensors["model"][name])
-        self.optimizer.load_state_dict(ckpt.unpack_optimizer(saved.tensors["optimizer"], saved.state["optimizer"]))
-        self.schedule.load_state_dict({**saved.state["schedule"], "lr_lambdas": [None]})
-        for group, factor in zip(self.optimizer.param_groups, self.schedule.lr_lambdas, strict=True):
-            group["lr"] = self.run.optimizer.lr * factor(saved.step)
+        for index, (optimizer, facts) in enumerate(zip(self.optimizers, saved.state["optimizers"], strict=True)):
+            optimizer.load_state_dict(ckpt.unpack_optimizer(saved.tensors[f"optimizer-{index}"], facts))
         if self.ema:
             shadow = [saved.tensors["ema"][name].to(self.accelerator.device) for name in self.names]
             self.ema.load_state_dict({**saved.state["ema"], "shadow_params": shadow})

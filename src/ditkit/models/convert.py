@@ -1,0 +1,277 @@
+"""Checkpoints in the authors' layout to diffusers folders.
+
+Nothing is written before every key is known to fit. How files are read: `weight_files`.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ditkit import registry
+from ditkit.models.dit import SIZES, VARIANTS
+from ditkit.models.weight_files import ConversionError, listed, read_weights
+
+Progress = Callable[[str, int, int], None]
+"""`(stage, bytes done, bytes in all)`; the stages are "read" and "write"."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was converted.
+
+    Args:
+        output: the folder written.
+        architecture: its registered name, with the variant where the dimensions are a named one's.
+        weights: which set was taken: "ema", "model", or "only" when the file holds one set.
+        config: the model's configuration.
+        parameters: their number.
+        bytes: size of the weights.
+        notes: what had to be assumed, in plain words.
+    """
+
+    output: Path
+    architecture: str
+    weights: Literal["ema", "model", "only"]
+    config: dict[str, Any]
+    parameters: int
+    bytes: int
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "output": str(self.output), "notes": list(self.notes)}
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.architecture}: {self.parameters:,} parameters ({self.bytes / 1e6:,.1f} MB, "
+            f"weights: {self.weights}) in {self.output}"
+        ]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def convert(
+    source: str | Path,
+    arch: str | None,
+    output: str | Path,
+    weights: Literal["ema", "model"] = "ema",
+    *,
+    config: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Write the diffusers folder (config.json and safetensors) of an authors' checkpoint.
+
+    Args:
+        source: a `.pt` or `.pth` file (a state dict, or the training script's {"model", "ema", ...}) or a
+            `.safetensors` file.
+        arch: "dit" or "sit", alone or with a variant ("dit-xl/2"). None: what the file's own options
+            say, else "dit" (both have the same keys). What the name leaves open is read from the shapes.
+        output: a folder that does not exist yet, or is empty.
+        weights: which set of a training checkpoint to take.
+        config: settings that neither the name nor the shapes tell, e.g. {"num_heads": 8}; they win.
+        progress: called as bytes are read and written.
+
+    Returns:
+        What was written.
+
+    Raises:
+        FileNotFoundError: there is no such source.
+        FileExistsError: the output is there already.
+        UnknownNameError: an architecture that does not exist.
+        ConversionError: an unsafe, damaged or foreign file; a set of weights it lacks; missing, unexpected
+            and mis-shaped keys, listed; a dimension that can't be told.
+    """
+    source, output = Path(source), Path(output)
+    if weights not in ("ema", "model"):
+        raise ConversionError(f"weights={weights!r} is not 'ema' or 'model'")
+    if not source.is_file():
+        raise FileNotFoundError(f"no checkpoint file at {source}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} exists already; remove it or choose another output folder")
+    family, variant = _architecture(arch)
+    state, options, taken = read_weights(source, weights)
+    notes = []
+    if family is None:
+        family, variant = _from_options(options)
+        if family is None:
+            family = "dit"
+            notes.append(
+                "nothing in the file tells a DiT from a SiT; a DiT was assumed (name the architecture)"
+            )
+    settings = {
+        **_infer_dit(state, {**options, **(config or {})}),
+        **(VARIANTS[variant] if variant else {}),
+        **(config or {}),
+    }
+    _complete(settings, state, notes)
+    model = _fill(family, settings, _copy(state, progress))
+    _write(model, output, progress)
+    size = sum(value.nbytes for value in model.state_dict().values())
+    return Conversion(
+        output=output,
+        architecture="-".join(filter(None, (family, _named(settings)))),
+        weights=taken,
+        config={name: value for name, value in model.config.items() if not name.startswith("_")},
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        bytes=size,
+        notes=tuple(notes),
+    )
+
+
+def _copy(state: Mapping[str, Tensor], progress: Progress | None) -> dict[str, Tensor]:
+    """The tensors in memory of their own: until here they may be views of the file, or of each other."""
+    total = sum(value.nbytes for value in state.values())
+    copied, done = {}, 0
+    for name, value in state.items():
+        copied[name] = value.contiguous().clone()
+        done += value.nbytes
+        if progress:
+            progress("read", done, total)
+    return copied
+
+
+# --- which network it is ------------------------------------------------------------------------------
+
+
+def _architecture(arch: str | None) -> tuple[str | None, str | None]:
+    """Family and variant: ("dit", "xl/2") of "dit-xl/2"."""
+    if arch is None:
+        return None, None
+    family, _, variant = arch.lower().partition("-")
+    registry.get("model", family)
+    if family not in ("dit", "sit"):
+        raise ConversionError(
+            f"arch={arch!r}: there is no converter for {family!r}; there are 'dit' and 'sit'"
+        )
+    if variant and variant not in VARIANTS:
+        raise ConversionError(f"arch={arch!r}: no variant {variant!r}; there are {', '.join(VARIANTS)}")
+    return family, variant or None
+
+
+def _from_options(options: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The architecture that a training script's options name, as "DiT-XL/2"."""
+    try:
+        return _architecture(str(options["model"])) if "model" in options else (None, None)
+    except (ConversionError, registry.UnknownNameError):
+        return None, None
+
+
+def _infer_dit(state: Mapping[str, Tensor], options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the shapes of a DiT's tensors tell; whatever is missing is left out and found missing later."""
+    settings: dict[str, Any] = {}
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    blocks = {int(part[1]) for part in (name.split(".") for name in shapes) if _is_block(part)}
+    if blocks:
+        # A stray large number is an unexpected key, not a network of that depth.
+        settings["depth"] = max(blocks) + 1 if max(blocks) < 2 * len(blocks) else len(blocks)
+    patches = shapes.get("x_embedder.proj.weight", ())
+    if len(patches) == 4 and all(patches):
+        settings |= {"hidden_size": patches[0], "in_channels": patches[1], "patch_size": patches[2]}
+        head = shapes.get("final_layer.linear.weight", (0,))[0]
+        settings["learn_sigma"] = head == 2 * patches[1] * patches[2] * patches[3]
+        mlp = shapes.get("blocks.0.mlp.fc1.weight", (0,))[0]
+        if mlp:
+            settings["mlp_ratio"] = mlp / patches[0]
+        tokens = shapes.get("pos_embed", ())
+        if len(tokens) == 3 and math.isqrt(tokens[1]) ** 2 == tokens[1]:
+            settings["input_size"] = math.isqrt(tokens[1]) * patches[2]
+    labels = shapes.get("y_embedder.embedding_table.weight", (0,))[0]
+    if labels:
+        without_null = options.get("num_classes") == labels
+        settings |= {"num_classes": labels} if without_null else {"num_classes": labels - 1}
+        settings["class_dropout_prob"] = 0.0 if without_null else 0.1
+    heads = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
+    if settings.get("hidden_size") in heads:
+        settings["num_heads"] = heads[settings["hidden_size"]]
+    return settings
+
+
+def _is_block(parts: list[str]) -> bool:
+    return len(parts) > 2 and parts[0] == "blocks" and parts[1].isdecimal()
+
+
+def _complete(settings: dict[str, Any], state: Mapping[str, Tensor], notes: list[str]) -> None:
+    """Refuse what can't be told from a state dict, rather than guess it."""
+    for name, why in (
+        ("hidden_size", "there is no x_embedder.proj.weight of four dimensions"),
+        ("depth", "there are no blocks.N.* keys"),
+        ("num_classes", "there is no y_embedder.embedding_table.weight"),
+        (
+            "input_size",
+            "the position table pos_embed is missing or not square: give config={'input_size': (H, W)}",
+        ),
+        (
+            "num_heads",
+            f"a width of {settings.get('hidden_size')} is no named size's: give config={{'num_heads': N}}",
+        ),
+    ):
+        if name not in settings:
+            raise ConversionError(
+                f"{name} can't be told from the checkpoint ({why}); its keys: {listed(state)}"
+            )
+    if settings.get("class_dropout_prob", 0.1) > 0:
+        notes.append(f"the last of {settings['num_classes'] + 1} label rows was taken for the null class")
+
+
+def _named(settings: Mapping[str, Any]) -> str | None:
+    """The variant with these dimensions."""
+    for name, dimensions in VARIANTS.items():
+        if all(settings[key] == value for key, value in dimensions.items()):
+            return name
+    return None
+
+
+def _fill(family: str, settings: Mapping[str, Any], state: dict[str, Tensor]) -> Any:
+    """The model with these tensors.
+
+    Raises:
+        ConversionError: with the keys that are missing, unexpected or of another shape.
+    """
+    try:
+        with torch.device("meta"):
+            model = registry.get("model", family).target(None, **settings)
+    except (TypeError, ValueError) as error:
+        raise ConversionError(f"no {family} can be built with {dict(settings)}: {error}") from error
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "mis-shaped": [
+            f"{name} {found[name]}, expected {shape}"
+            for name, shape in expected.items()
+            if name in found and found[name] != shape
+        ],
+    }
+    if any(problems.values()):
+        text = "; ".join(f"{kind}: {listed(names)}" for kind, names in problems.items() if names)
+        raise ConversionError(f"the checkpoint does not fit a {family} of {dict(settings)}: {text}")
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+# --- writing ------------------------------------------------------------------------------------------
+
+
+def _write(model: Any, output: Path, progress: Progress | None) -> None:
+    """Save aside, then rename: the folder is whole or not there."""
+    total = sum(value.nbytes for value in model.state_dict().values())
+    if progress:
+        progress("write", 0, total)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    part = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        model.save_pretrained(part)
+        part.replace(output)  # over an empty folder too
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    if progress:
+        progress("write", total, total)

@@ -1,0 +1,174 @@
+"""Train a Flux transformer with flow matching on the latents of captioned pictures.
+
+x_sigma = (1 - sigma) x0 + sigma eps, target velocity eps - x0, loss mean squared error in float32, sigma
+logit-normal. Captions are dropped with probability `caption_dropout` (classifier-free guidance). The text
+encoders of an earlier stage may train along. The export is a whole `FluxPipeline` folder.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from PIL import Image
+from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
+
+from ditkit.data.pictures import grid, open_pictures, periods
+from ditkit.training.order import BatchNoise
+from ditkit.training.tasks.base import Task, TaskOptions
+
+
+class TextToImageOptions(TaskOptions):
+    """`preview`: captions of the sample grids; `storage`: dtype of the exported weights."""
+
+    autoencoder: str = "autoencoder"
+    text_encoders: str = "text_encoders"
+    train_text_encoders: bool = True
+    transformer: dict[str, Any]
+    caption_dropout: float = 0.1
+    sigma_mean: float = 0.0
+    sigma_std: float = 1.0
+    preview: list[str] = []
+    preview_steps: int = 28
+    storage: str = "float16"
+
+
+class TextToImageTask(Task):
+    Options = TextToImageOptions
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        options = self.options
+        texts = self.stage_folder(options.text_encoders)
+        self.tokenizer = AutoTokenizer.from_pretrained(texts / "tokenizer")
+        self.text_encoder = CLIPTextModel.from_pretrained(texts / "text_encoder")
+        self.text_encoder_2 = T5EncoderModel.from_pretrained(texts / "text_encoder_2")
+        self.text_encoder.requires_grad_(options.train_text_encoders)
+        self.text_encoder_2.requires_grad_(options.train_text_encoders)
+        self.autoencoder = AutoencoderKL.from_pretrained(self.stage_folder(options.autoencoder)).requires_grad_(False)
+        self.transformer = FluxTransformer2DModel(
+            in_channels=4 * self.autoencoder.config.latent_channels,
+            joint_attention_dim=self.text_encoder_2.config.d_model,
+            pooled_projection_dim=self.text_encoder.config.hidden_size,
+            **options.transformer,
+        )
+        initialise(self.transformer)
+        self.pictures = open_pictures(self.run.data)
+        self.register_buffer("latents", self._encode(self.pictures), persistent=False)  # (N, L, 4C)
+        self.register_buffer("tokens", self._tokenize(self.pictures.captions), persistent=False)  # (N, T)
+        self.register_buffer("no_tokens", self._tokenize([""])[0], persistent=False)  # (T,)
+        side = self.run.data.size // self._downscale() // 2
+        image_ids = torch.zeros(side, side, 3)
+        image_ids[..., 1] = torch.arange(side)[:, None]
+        image_ids[..., 2] = torch.arange(side)[None]
+        self.register_buffer("image_ids", image_ids.reshape(-1, 3), persistent=False)
+        self.register_buffer("text_ids", torch.zeros(self.tokenizer.model_max_length, 3), persistent=False)
+
+    def _downscale(self) -> int:
+        return 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
+
+    def _tokenize(self, captions: list[str]) -> torch.Tensor:
+        return self.tokenizer(
+            list(captions), padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids  # (N, T)
+
+    @torch.no_grad()
+    def _encode(self, pictures: Any) -> torch.Tensor:
+        """Packed latents (N, H/2 W/2, 4C) of every picture, as `FluxPipeline` packs them."""
+        scale, shift = self.autoencoder.config.scaling_factor, self.autoencoder.config.shift_factor or 0.0
+        packed = []
+        for chunk in torch.arange(len(pictures)).split(64):
+            latents = self.autoencoder.encode(pictures.images(chunk.numpy())).latent_dist.mean
+            latents = (latents - shift) * scale
+            packed.append(FluxPipeline._pack_latents(latents, *latents.shape))
+        return torch.cat(packed)
+
+    @property
+    def sample_count(self) -> int:
+        return len(self.pictures)
+
+    def sample_periods(self) -> list[int] | None:
+        return periods(self.run.data, self.pictures)
+
+    def forward(self, indices: torch.Tensor, noise: BatchNoise) -> dict[str, torch.Tensor]:
+        return {"loss": self._loss(self.latents[indices], self.tokens[indices], noise)}
+
+    def _loss(self, clean: torch.Tensor, tokens: torch.Tensor, noise: BatchNoise) -> torch.Tensor:
+        options = self.options
+        epsilon = noise.normal(*clean.shape[1:])  # (B, L, 4C)
+        sigma = torch.sigmoid(options.sigma_mean + options.sigma_std * noise.normal())  # (B,)
+        dropped = noise.uniform() < options.caption_dropout  # (B,)
+        tokens = torch.where(dropped[:, None], self.no_tokens, tokens)
+        noisy = clean + sigma[:, None, None] * (epsilon - clean)
+        velocity = self._velocity(noisy, sigma, tokens)
+        return F.mse_loss(velocity.float(), epsilon - clean)
+
+    def _velocity(self, noisy: torch.Tensor, sigma: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return self.transformer(
+            hidden_states=noisy,
+            timestep=sigma,
+            encoder_hidden_states=self.text_encoder_2(tokens).last_hidden_state,
+            pooled_projections=self.text_encoder(tokens).pooler_output,
+            img_ids=self.image_ids,
+            txt_ids=self.text_ids,
+            return_dict=False,
+        )[0]
+
+    def heldout_loss(self) -> dict[str, float]:
+        pictures = open_pictures(self.run.data, "heldout")
+        rows = torch.arange(len(pictures))
+        noise = BatchNoise(self.run.seed, 0, len(pictures), rows, self.latents.device)
+        clean, tokens = self._encode(pictures), self._tokenize(pictures.captions)
+        return {"loss": float(self._loss(clean, tokens, noise))}
+
+    def pipeline(self) -> FluxPipeline:
+        """A `FluxPipeline` over this task's modules."""
+        return FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False),
+            vae=self.autoencoder,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            text_encoder_2=self.text_encoder_2,
+            tokenizer_2=self.tokenizer,
+            transformer=self.transformer,
+        )
+
+    def draw(self) -> Image.Image | None:
+        if not self.options.preview:
+            return None
+        pipe = self.pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        images = pipe(
+            self.options.preview,
+            height=self.run.data.size,
+            width=self.run.data.size,
+            num_inference_steps=self.options.preview_steps,
+            max_sequence_length=self.tokenizer.model_max_length,
+            generator=[torch.Generator().manual_seed(i) for i in range(len(self.options.preview))],
+            output_type="pt",
+        ).images
+        return grid(images * 2 - 1, columns=8)
+
+    def export(self, folder: Path) -> None:
+        dtype = getattr(torch, self.options.storage)
+        pipe = self.pipeline()
+        pipe.to(dtype)
+        pipe.save_pretrained(folder)
+        pipe.to(torch.float32)
+
+
+def initialise(transformer: FluxTransformer2DModel) -> None:
+    """Xavier-uniform matrices, zero biases; modulations and the last projection start at zero (adaLN-Zero)."""
+    for module in transformer.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                torch.nn.init.zeros_(module.bias)
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    norms = [getattr(b, name) for b in blocks for name in ("norm", "norm1", "norm1_context") if hasattr(b, name)]
+    for layer in [*(norm.linear for norm in norms), transformer.norm_out.linear, transformer.proj_out]:
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
