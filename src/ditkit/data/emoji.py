@@ -20,6 +20,8 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ditkit.files import whole_file
+
 Split = Literal["all", "train", "heldout"]
 GROUPS = ("single", "tone", "flag", "keycap", "joined")
 HELD_OUT_ONE_IN = 20
@@ -114,6 +116,5 @@ def preview(path: Path, count: int = 256, seed: int = 0) -> None:
     for place, index in enumerate(np.sort(order)):
         y, x = divmod(place, columns)
         sheet[y * size : (y + 1) * size, x * size : (x + 1) * size] = dataset.pictures[index]
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
-    Image.fromarray(sheet).save(part)
-    part.replace(path)
+    with whole_file(path) as part:
+        Image.fromarray(sheet).save(part)

@@ -43,6 +43,7 @@ class FolderDataset:
         if not files:
             raise FileNotFoundError(f"no pictures ({', '.join(SUFFIXES)}) of the {split} split under {folder}")
         self.captions = [_caption(file) for file in files]
+        self.classes = [file.parent.name for file in files]
         bar = tqdm(files, desc="reading pictures", delay=2)
         self.pictures = np.stack([_read(file, size) for file in bar])  # (N, H, W, 3) uint8
 
@@ -76,6 +77,16 @@ def periods(data: DataConfig, pictures: Pictures) -> list[int] | None:
     if unknown:
         raise ConfigError(f"data.every: no group {unknown} in the data")
     return [data.every.get(row.group, 1) for row in pictures.rows]
+
+
+def class_labels(pictures: Any, classes: list[str] | None = None) -> tuple[torch.Tensor, list[str]]:
+    """Labels (N,) and the names they index: emoji groups, or the folders that picture files lie in."""
+    if isinstance(pictures, EmojiDataset):
+        names = [row.group for row in pictures.rows]
+    else:
+        names = list(pictures.classes)
+    classes = classes or sorted(set(names))
+    return torch.tensor([classes.index(name) for name in names]), classes
 
 
 def grid(images: torch.Tensor, columns: int) -> Image.Image:

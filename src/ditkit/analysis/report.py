@@ -1,0 +1,118 @@
+"""A comparison as one HTML file that needs nothing else: pictures, plots and table inside."""
+
+from __future__ import annotations
+
+import base64
+import io
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+
+from ditkit.analysis.pictures import to_image
+from ditkit.analysis.plots import Point, scatter
+from ditkit.analysis.result import COLUMNS, BenchResult, Row, label
+
+_KINDS = {
+    "dense": "dense sampling",
+    "method": "ditkit",
+    "peer": "other libraries",
+    "plain": "plain sampling with fewer steps",
+}
+
+
+def render(result: BenchResult, title: str) -> str:
+    """The report's HTML. Prompts, labels and notes are escaped: they are text from outside.
+
+    Args:
+        result: rows and pictures of a comparison.
+        title: heading and name of the page.
+    """
+    numbered = list(enumerate(result.rows, start=1))
+    return _template().render(
+        title=title,
+        prompts=result.prompts,
+        kinds={kind: text for kind, text in _KINDS.items() if any(row.kind == kind for row in result.rows)},
+        headline=headline(result),
+        columns=[name for name, _, _ in COLUMNS],
+        rows=[
+            {"number": i, "row": row, "cells": [show(row) for _, show, _ in COLUMNS]} for i, row in numbered
+        ],
+        galleries=[
+            {
+                "number": i,
+                "row": row,
+                "label": label(row),
+                "pictures": map(embedded, result.pictures[row.label]),
+            }
+            for i, row in numbered
+            if row.label in result.pictures
+        ],
+        plots=[Markup(plot) for plot in _plots(numbered) if plot],
+        facts={**result.settings, **result.machine},
+    )
+
+
+def headline(result: BenchResult) -> str:
+    """One true sentence: the fastest of our methods that is nearer to dense than plain sampling is."""
+    plain = {row.steps: row for row in result.rows if row.kind == "plain"}
+    better = [
+        row
+        for row in result.rows
+        if row.kind == "method"
+        and row.latent_error is not None
+        and row.time_ratio is not None
+        and row.time_ratio < 1
+        and _nearer(row, plain.get(row.steps_computed or 0))
+    ]
+    if not better:
+        return "In this run no method was both faster than dense sampling and nearer to it than fewer steps."
+    best = min(better, key=lambda row: row.time_ratio or 1.0)
+    text = (
+        f"{best.label} took {best.time_ratio:.2f} of dense sampling's time, "
+        f"with a relative error of {best.latent_error:.3f} in the final latents"
+    )
+    equal = plain.get(best.steps_computed or 0)
+    if equal is not None and equal.latent_error is not None:
+        text += f"; plain sampling with the same {equal.steps} computed steps has {equal.latent_error:.3f}"
+    return text + "."
+
+
+def _nearer(row: Row, other: Row | None) -> bool:
+    """Whether the row is nearer to dense than the other is; true when there is no other."""
+    if other is None or row.latent_error is None or other.latent_error is None:
+        return True
+    return row.latent_error < other.latent_error
+
+
+def embedded(picture: np.ndarray) -> str:
+    """A picture (H, W, 3) in [0, 1] as a `data:` address of a PNG."""
+    stream = io.BytesIO()
+    to_image(picture).save(stream, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+
+
+def _plots(numbered: list[tuple[int, Row]]) -> list[str]:
+    def points(x_of: Any) -> list[Point]:
+        return [
+            Point(x_of(row), row.latent_error, str(i), f"{row.label}: error {row.latent_error:.4f}", row.kind)
+            for i, row in numbered
+            if row.latent_error is not None and x_of(row) is not None
+        ]
+
+    return [
+        scatter(points(lambda row: row.time_ratio), "time, relative to dense", "error of the final latents"),
+        scatter(
+            points(lambda row: row.flops_ratio), "FLOPs, relative to dense", "error of the final latents"
+        ),
+    ]
+
+
+@lru_cache(maxsize=1)
+def _template() -> Any:
+    loader = PackageLoader("ditkit.analysis", "templates")
+    return Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(
+        "report.html.jinja"
+    )

@@ -1,0 +1,156 @@
+"""One text-to-picture generation, with what the comparisons need of it.
+
+Legend: B pictures, C latent channels, L latent positions, H height, W width.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn.
+
+    Args:
+        steps: denoising steps, at least 1.
+        guidance: guidance scale; None for the pipeline's own default.
+        size: height and width in pixels; None for the pipeline's own default.
+        seed: picture i of a call starts from the noise of `seed + i`, so that it can be drawn again alone.
+    """
+
+    steps: int = 28
+    guidance: float | None = None
+    size: tuple[int, int] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps}: at least 1 is needed")
+        if self.size is not None and min(self.size) < 1:
+            raise ValueError(f"size={self.size}: height and width must be positive")
+
+
+@dataclass
+class Sample:
+    """What one generation gave.
+
+    Args:
+        latents: the final latents as the loop leaves them, (B, L, C) or (B, C, H, W), on the CPU; None when
+            the pipeline has no step callback.
+        pictures: (B, H, W, 3) in [0, 1].
+        seconds: wall time of the pipeline call.
+    """
+
+    latents: torch.Tensor | None
+    pictures: np.ndarray
+    seconds: float
+
+
+def sample(
+    pipe: Any,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    on_step: Callable[[int], None] | None = None,
+    batch: int = 8,
+) -> Sample:
+    """Draw one picture per prompt.
+
+    Args:
+        pipe: a diffusers text-to-image pipeline.
+        prompts: B texts.
+        on_step: called after each denoising step of each pipeline call with its index.
+        batch: at most so many pictures in one pipeline call.
+
+    Raises:
+        TypeError: the pipeline takes no text prompt.
+        ValueError: no prompt, or a batch below 1.
+    """
+    if not prompts:
+        raise ValueError("no prompt was given")
+    if batch < 1:
+        raise ValueError(f"batch={batch}: at least 1 is needed")
+    parts = [
+        _one_call(pipe, prompts[first : first + batch], sampling, first, on_step)
+        for first in range(0, len(prompts), batch)
+    ]
+    latents = [part.latents for part in parts if part.latents is not None]
+    return Sample(
+        latents=torch.cat(latents) if latents else None,
+        pictures=np.concatenate([part.pictures for part in parts]),
+        seconds=sum(part.seconds for part in parts),
+    )
+
+
+def _one_call(
+    pipe: Any,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    first: int,
+    on_step: Callable[[int], None] | None,
+) -> Sample:
+    arguments = call_arguments(pipe, sampling, len(prompts))
+    # The CPU's noise is the same on every machine.
+    generators = [torch.Generator("cpu").manual_seed(sampling.seed + first + i) for i in range(len(prompts))]
+    last: dict[str, torch.Tensor] = {}
+
+    def after_step(_: Any, index: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        last["latents"] = tensors["latents"]
+        if on_step is not None:
+            on_step(index)
+        return {}
+
+    if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
+        arguments |= {"callback_on_step_end": after_step, "callback_on_step_end_tensor_inputs": ["latents"]}
+    _synchronize(pipe)
+    started = time.perf_counter()
+    output = pipe(prompt=list(prompts), generator=generators, output_type="np", **arguments)
+    _synchronize(pipe)
+    seconds = time.perf_counter() - started
+    latents = last["latents"].detach().float().cpu() if last else None
+    return Sample(latents=latents, pictures=np.asarray(output.images, dtype=np.float32), seconds=seconds)
+
+
+def call_arguments(pipe: Any, sampling: Sampling, count: int) -> dict[str, Any]:
+    """The keyword arguments of `pipe(...)` for these settings and `count` prompts.
+
+    Guidance has two names in diffusers: a distilled model takes `guidance_scale` as an input; an
+    undistilled FLUX-type model needs `true_cfg_scale` and an empty negative prompt for the second pass.
+    """
+    known = inspect.signature(pipe.__call__).parameters
+    if "prompt" not in known:
+        raise TypeError(f"{type(pipe).__name__} takes no text prompt; a text-to-image pipeline is needed")
+    arguments: dict[str, Any] = {"num_inference_steps": sampling.steps}
+    if sampling.guidance is not None:
+        distilled = getattr(getattr(pipe, "transformer", None), "config", {}).get("guidance_embeds", True)
+        if "true_cfg_scale" in known and not distilled:
+            arguments["true_cfg_scale"] = sampling.guidance
+            if sampling.guidance > 1:
+                arguments["negative_prompt"] = [""] * count
+        else:
+            arguments["guidance_scale"] = sampling.guidance
+    longest = _longest_text(pipe)
+    default = getattr(known.get("max_sequence_length"), "default", None)
+    if isinstance(default, int) and longest is not None and longest < default:
+        arguments["max_sequence_length"] = longest  # a micro-model was never shown longer padding
+    if sampling.size is not None:
+        arguments["height"], arguments["width"] = sampling.size
+    return arguments
+
+
+def _longest_text(pipe: Any) -> int | None:
+    """Tokens that the text encoder of the sequence takes: the last tokenizer's, where there are several."""
+    parts = [getattr(pipe, name, None) for name in ("tokenizer_3", "tokenizer_2", "tokenizer")]
+    return next((part.model_max_length for part in parts if part is not None), None)
+
+
+def _synchronize(pipe: Any) -> None:
+    if getattr(pipe, "device", torch.device("cpu")).type == "cuda":
+        torch.cuda.synchronize()

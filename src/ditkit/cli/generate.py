@@ -1,0 +1,137 @@
+"""`ditkit generate`: pictures from text."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ditkit.cli.common import UsageError, bar, guarded, listed, notices, writable_file
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="micro-flux, a folder of a diffusers pipeline, or a hub id.")
+]
+Steps = Annotated[int, typer.Option("--steps", min=1, help="Denoising steps.")]
+Guidance = Annotated[
+    float | None, typer.Option("--guidance", help="Guidance scale; the model's own if not given.")
+]
+Size = Annotated[
+    str | None,
+    typer.Option("--size", help="Pixels, 64 or 96x64 (width x height); the model's own if not given."),
+]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Picture i starts from the noise of seed + i.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="At most so many pictures at a time.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(
+        epilog='Example: ditkit generate "red apple" --with taylorseer:interval=4 --seed 7 --out apple.png'
+    )(guarded(generate))
+
+
+def generate(
+    prompt: Annotated[list[str], typer.Argument(help="What to draw; several prompts give several pictures.")],
+    model: Model = "micro-flux",
+    with_: Annotated[
+        list[str] | None,
+        typer.Option("--with", "-w", help="A method as name:option=value,...; repeat it to combine methods."),
+    ] = None,
+    seed: Seed = 0,
+    steps: Steps = 28,
+    guidance: Guidance = None,
+    size: Size = None,
+    batch: Batch = 8,
+    sheet: Annotated[
+        bool, typer.Option("--sheet", help="One picture with all prompts side by side.")
+    ] = False,
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", help="Several prompts: numbered files apple-1.png, apple-2.png, ..."),
+    ] = Path("out/picture.png"),
+) -> None:
+    """Draw pictures from text, with any methods applied."""
+    writable_file(out, PICTURES)
+    if any(not text.strip() for text in prompt):
+        raise UsageError("a prompt is empty")
+    pixels = parse_size(size)
+    from ditkit.analysis import pictures
+    from ditkit.analysis.contestants import parse
+    from ditkit.analysis.sampling import Sampling, sample
+
+    methods = [method for text in with_ or () for method in parse(text)]
+    pipe = load(model)
+    sampling = Sampling(steps, guidance, pixels, seed)
+    with applied(pipe, methods) as run, step_bar(steps * -(-len(prompt) // batch)) as on_step:
+        drawn = sample(pipe, prompt, sampling, on_step, batch)
+        report = run.report() if run is not None else None
+    if sheet:
+        written = [pictures.save(pictures.sheet({"": drawn.pictures}, prompt), out)]
+    else:
+        targets = numbered(out, len(prompt))
+        images = [pictures.to_image(picture) for picture in drawn.pictures]
+        written = [pictures.save(image, path) for image, path in zip(images, targets, strict=True)]
+    listed(written)
+    notices.print(f"{len(prompt)} picture(s) in {drawn.seconds:.2f} s", highlight=False)
+    if report is not None:
+        notices.print(report)
+
+
+def load(model: str) -> Any:
+    """The pipeline, without its own progress bar: the commands have theirs."""
+    import diffusers
+    import transformers
+
+    from ditkit.hub import load as from_hub
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+    with notices.status(f"loading {model}"):
+        pipe = from_hub(model)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def applied(pipe: Any, methods: list[Any]) -> contextlib.AbstractContextManager[Any]:
+    """The methods applied to the pipeline while the body runs; yields None when there is none."""
+    if not methods:
+        return contextlib.nullcontext()
+    from ditkit.seams.apply import apply
+
+    return apply(pipe, *methods)
+
+
+@contextlib.contextmanager
+def step_bar(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar over denoising steps; yields what to call after each of them."""
+    with bar("steps") as progress:
+        task = progress.add_task("drawing", total=total)
+        yield lambda _: progress.advance(task)
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """`"64"` or `"96x64"` (width x height) as (height, width).
+
+    Raises:
+        UsageError: anything else.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
+    if match is None or "0" in (match[1].lstrip("0") or "0", (match[2] or "1").lstrip("0") or "0"):
+        raise UsageError(f"--size {text!r}: give pixels as 64, or as 96x64 (width x height)")
+    width = int(match[1])
+    return (int(match[2]) if match[2] else width, width)
+
+
+def numbered(out: Path, count: int) -> list[Path]:
+    """`apple.png` for one picture; `apple-1.png`, `apple-2.png`, ... with equal digits for several."""
+    if count == 1:
+        return [out]
+    digits = len(str(count))
+    return [out.with_stem(f"{out.stem}-{i:0{digits}d}") for i in range(1, count + 1)]

@@ -1,0 +1,70 @@
+"""`ditkit methods` and `ditkit models`: what there is."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from ditkit.cli.common import console, guarded
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command(epilog="Example: ditkit methods taylorseer")(guarded(methods))
+    app.command(epilog="Example: ditkit models")(guarded(models))
+
+
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show this method's options.")] = None,
+) -> None:
+    """List the methods with their papers, the seams they act on and what they need."""
+    _show("method", name)
+
+
+def models(
+    name: Annotated[str | None, typer.Argument(help="Show this model's options.")] = None,
+) -> None:
+    """List the bundled pipelines and the architectures."""
+    if name is None:
+        from ditkit.hub import BUNDLED
+
+        table = Table("pipeline", "what it is", header_style="bold", pad_edge=False)
+        for bundled, summary in BUNDLED.items():
+            table.add_row(bundled, summary)
+        console.print(table)
+    _show("model", name)
+
+
+def _show(kind: str, name: str | None) -> None:
+    from ditkit import registry
+
+    if name is not None:
+        _detail(registry.get(kind, name))  # pyright: ignore[reportArgumentType]
+        return
+    table = Table(kind, "what it does", "paper", "seam", "needs", header_style="bold", pad_edge=False)
+    for entry in registry.entries(kind).values():  # pyright: ignore[reportArgumentType]
+        paper = f"[link={entry.paper.url}]arXiv {entry.paper.arxiv}[/link], {entry.paper.year}"
+        table.add_row(entry.name, entry.summary, paper, ", ".join(entry.seam), ", ".join(entry.needs))
+    console.print(table)
+
+
+def _detail(entry) -> None:
+    from rich.markup import escape
+
+    from ditkit import registry
+
+    console.print(f"[bold]{entry.name}[/]  {escape(entry.summary)}")
+    console.print(f"{escape(entry.paper.title)}, {entry.paper.year}, {entry.paper.url}", highlight=False)
+    console.print(f"seam: {', '.join(entry.seam)}; needs: {', '.join(entry.needs)}", highlight=False)
+    if not dataclasses.is_dataclass(entry.target):
+        return
+    table = Table("option", "type", "default", header_style="bold", pad_edge=False)
+    for field in registry.options(entry).values():
+        default = "" if field.default is dataclasses.MISSING else str(field.default)
+        table.add_row(field.name, escape(str(field.type)), escape(default))
+    console.print(table)
+    neutral = ",".join(f"{key}={value}" for key, value in entry.neutral.items())
+    if neutral:
+        console.print(f"changes nothing with {entry.name}:{neutral}", highlight=False)

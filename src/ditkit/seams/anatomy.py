@@ -1,0 +1,182 @@
+"""What differs between transformer classes, written down once: the vocabulary and the look-up.
+
+The facts themselves, one entry per class, are in `facts.py`. Nothing here imports a model class; an entry is
+found by the name of the class or of one of its bases, so subclasses of a known class are covered.
+
+B batch, L image tokens, T text tokens, C width.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ditkit.seams.errors import SeamError, UnsupportedModelError
+from ditkit.seams.layout import TextPlace, TokenLayout
+
+AttentionKind = Literal["self", "joint", "cross"]
+Arguments = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A module inside a block whose output a cache may replace, before the block gates and adds it.
+
+    Args:
+        module: path inside the block, e.g. `"attn"`.
+        bypass: paths of modules that need not run when this unit is replaced, because only replaced units
+            read them. A path listed by several units is bypassed when all of them are replaced.
+    """
+
+    module: str
+    bypass: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An attention module inside a block.
+
+    Args:
+        module: path inside the block.
+        kind: `"joint"`: image and text in one sequence; `"self"`: image tokens only; `"cross"`: image reads
+            text, left alone by attention strategies.
+    """
+
+    module: str
+    kind: AttentionKind
+
+
+Rows = Callable[[Any, Tensor, int], Any]
+"""(argument, token indices (K,), text length) -> the argument with the rows of those image tokens only."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A ModuleList of blocks of one kind.
+
+    Args:
+        path: of the ModuleList inside the model.
+        units: what a cache may replace inside each block; units that a block lacks are passed over.
+        attention: the attention modules of each block.
+        returns: what a block returns, in order.
+        arguments: names of the block's leading positional arguments, in order.
+        token_rows: block arguments with a row for each image token (rotary tables, masks, per-token
+            modulation), and how to select rows from them.
+        per_token: argument -> is it modulation for each token apart? Then norms can't be bypassed by
+            an empty tensor, because its length would not match.
+    """
+
+    path: str
+    units: tuple[Unit, ...]
+    attention: tuple[Attention, ...]
+    returns: tuple[Literal["hidden_states", "encoder_hidden_states"], ...]
+    arguments: tuple[str, ...]
+    token_rows: Mapping[str, Rows]
+    per_token: Mapping[str, Callable[[Any], bool]]
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The facts on one class.
+
+    Args:
+        name: the class these facts were written for.
+        stacks: the block lists in the order in which they run.
+        text: where text stands in the attention sequence.
+        grid: arguments of the model's forward, by name -> (F, H, W) in tokens.
+        sample: name of the forward's noisy input.
+        encoder: names of the forward's text states, each (B, T, C), joined along T in the model.
+        text_mask: names of the forward's (B, T) masks of valid text tokens, joined the same way.
+        timestep: name of the forward's timestep argument.
+        falling_time: timesteps fall during a generation (diffusers), so that a rise tells a new one.
+        no_tokens: why the blocks can't run on a subset of tokens, by a check of the model; None: they can.
+    """
+
+    name: str
+    stacks: tuple[Stack, ...]
+    text: TextPlace
+    grid: Callable[[nn.Module, Arguments], tuple[int, int, int]]
+    sample: str = "hidden_states"
+    encoder: tuple[str, ...] = ("encoder_hidden_states",)
+    text_mask: tuple[str, ...] = ()
+    timestep: str = "timestep"
+    falling_time: bool = True
+    no_tokens: Callable[[nn.Module, Arguments], str | None] = lambda model, arguments: None
+
+    def layout(self, model: nn.Module, arguments: Arguments) -> TokenLayout:
+        """Where text and picture lie in the attention sequence of a forward with these arguments.
+
+        Raises:
+            SeamError: the tokens are not one raster grid (e.g. a reference image of another size is appended).
+        """
+        states = [arguments[name] for name in self.encoder if arguments.get(name) is not None]
+        masks = [arguments[name] for name in self.text_mask if arguments.get(name) is not None]
+        complete = bool(masks) and len(masks) == len(states) and all(mask.ndim == 2 for mask in masks)
+        layout = TokenLayout(
+            grid=self.grid(model, arguments),
+            text_length=sum(int(state.shape[1]) for state in states),
+            text=self.text,
+            text_mask=torch.cat([mask.bool() for mask in masks], dim=1) if complete else None,
+        )
+        sample = arguments[self.sample]
+        if sample.ndim == 3 and sample.shape[1] != layout.image_length:
+            frames, height, width = layout.grid
+            raise SeamError(
+                f"{self.name}: {sample.shape[1]} image tokens are not one {frames} x {height} x {width} grid; "
+                "methods that need the grid can't be applied to this call"
+            )
+        return layout
+
+    def blocks(self, model: nn.Module) -> list[tuple[Stack, int, nn.Module]]:
+        """Every block in running order: its stack, its index in the stack and the module."""
+        return [
+            (stack, index, block)
+            for stack in self.stacks
+            for index, block in enumerate(model.get_submodule(stack.path).children())
+        ]
+
+
+def child(block: nn.Module, path: str) -> nn.Module | None:
+    """The module at a dotted path inside a block, None where this block lacks it."""
+    module: Any = block
+    for name in path.split("."):
+        module = getattr(module, name, None)
+        if module is None:
+            return None
+    return module
+
+
+def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of the model's forward, by name, without defaults."""
+    return dict(inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments)
+
+
+def known() -> dict[str, Anatomy]:
+    """The facts by class name."""
+    from ditkit.seams.facts import FACTS
+
+    return FACTS
+
+
+def describe(model: nn.Module) -> Anatomy:
+    """The facts on a model's class.
+
+    Raises:
+        UnsupportedModelError: with the class name, the nearest known ones and what to do.
+    """
+    facts = known()
+    for cls in type(model).__mro__:
+        if cls.__name__ in facts:
+            return facts[cls.__name__]
+    name = type(model).__name__
+    near = difflib.get_close_matches(name, facts, n=3, cutoff=0.5) or sorted(facts)
+    raise UnsupportedModelError(
+        f"no anatomy is known for {name}. Nearest known: {', '.join(near)}. "
+        "To add a class, write its entry in ditkit/seams/facts.py; a subclass of a known class needs none."
+    )

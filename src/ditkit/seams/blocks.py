@@ -1,0 +1,283 @@
+"""Run, skip or replace the block stack's output, or that of any unit inside.
+
+B batch, L image tokens, C width.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from ditkit.seams.anatomy import Stack, child
+from ditkit.seams.errors import ConflictError, SeamError
+from ditkit.seams.hooking import Forward
+from ditkit.seams.steps import Step
+
+if TYPE_CHECKING:
+    from ditkit.seams.apply import Host
+
+Outputs = tuple[Tensor, ...]
+
+
+class StackCache:
+    """What a method supplies to skip the blocks from `after` on: subclass it.
+
+    Args:
+        after: how many blocks always run; 0 skips the whole stack.
+    """
+
+    after: int = 0
+
+    def skips(self, step: Step, hidden_states: Tensor | None) -> bool:
+        """May the remaining blocks be skipped in this forward? `hidden_states` (B, L, C) is the output of
+        block `after - 1`; None when `after` is 0, since the answer is then needed before the embedding."""
+        raise NotImplementedError
+
+    def store(self, step: Step, hidden_states: Tensor) -> None:
+        """Take the output (B, L, C) of the last block, image tokens only, that a full forward computed."""
+        raise NotImplementedError
+
+    def recall(self, step: Step, hidden_states: Tensor) -> Tensor:
+        """The output (B, L, C) of the last block in a skipped forward. `hidden_states` (B, L, C) entered the
+        first skipped block."""
+        raise NotImplementedError
+
+
+class UnitCache:
+    """What a method supplies to replace the outputs of units: subclass it."""
+
+    def replaced(self, step: Step, units: Sequence[UnitRef]) -> Sequence[bool]:
+        """Which units not to run in this forward. Asked once, before the embedding."""
+        raise NotImplementedError
+
+    def store(self, step: Step, unit: UnitRef, outputs: Outputs) -> None:
+        """Take the outputs of a unit that ran, as the block gets them: before its gate."""
+        raise NotImplementedError
+
+    def recall(self, step: Step, unit: UnitRef) -> Outputs:
+        """The outputs of a unit that does not run, as many as it gave last."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class UnitRef:
+    """One unit of one block.
+
+    Args:
+        index: its place among all units of the model, in running order.
+        name: full path inside the model, e.g. `"transformer_blocks.3.attn"`.
+        block: place of its block among all blocks.
+        module: path inside the block.
+    """
+
+    index: int
+    name: str
+    block: int
+    module: str
+
+
+class BlockSeam:
+    """The block stack of one model. At most one cache owns it."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._blocks = host.anatomy.blocks(host.model)
+        if not self._blocks:
+            raise SeamError(f"{type(host.model).__name__} has no blocks")
+        self.units = tuple(self._list_units())
+        self._stack: StackCache | None = None
+        self._unit_cache: UnitCache | None = None
+        self._open = False
+        self._skipping = False
+        self._replaced: Sequence[bool] = ()
+        self._per_token = [False] * len(self._blocks)
+        host.stats.modes.append(self._mode)
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks, all stacks together."""
+        return len(self._blocks)
+
+    def cache_stack(self, cache: StackCache) -> None:
+        """Let a cache skip the blocks from `cache.after` on and supply the last one's output.
+
+        Raises:
+            ConflictError: another cache owns the blocks.
+            SeamError: `cache.after` is not in 0 .. depth - 1.
+        """
+        self._claim()
+        if not 0 <= cache.after < self.depth:
+            raise SeamError(f"after must be 0 to {self.depth - 1} for this model; got {cache.after}")
+        self._stack = cache
+        for place, (stack, _, block) in enumerate(self._blocks):
+            self._host.hooks.around(block, "block", _bound(self._run_block, place, stack))
+
+    def cache_units(self, cache: UnitCache) -> None:
+        """Let a cache replace the outputs of units before their gates.
+
+        Raises:
+            ConflictError: another cache owns the blocks.
+            SeamError: feed-forward chunking is on, which calls a unit several times in a forward.
+        """
+        self._claim()
+        self._refuse_chunks()
+        self._unit_cache = cache
+        for place, (stack, _, block) in enumerate(self._blocks):
+            if stack.per_token:
+                self._host.hooks.around(block, "block", _bound(self._look_at_block, place, stack))
+        for unit in self.units:
+            module = self._module(unit.block, unit.module)
+            self._host.hooks.around(module, "unit", _bound(self._run_unit, unit))
+        for (place, path), readers in self._bypasses().items():
+            module = self._module(place, path)
+            self._host.hooks.around(module, "bypass", _bound(self._run_bypass, place, tuple(readers)))
+
+    def begin(self, step: Step) -> None:
+        """A forward of the model starts."""
+        self._open, self._skipping = True, False
+        if self._stack is not None and self._stack.after == 0:
+            self._skipping = self._stack.skips(step, None)
+        if self._unit_cache is not None:
+            self._replaced = tuple(self._unit_cache.replaced(step, self.units))
+
+    def end(self) -> bool:
+        """The forward has ended. Returns whether any unit or block that a cache could skip was computed."""
+        self._open = False
+        if self._stack is not None:
+            return not self._skipping
+        return not self._replaced or not all(self._replaced)
+
+    def _mode(self) -> Hashable:
+        return (self._skipping, self._replaced)
+
+    def _claim(self) -> None:
+        if self._stack is not None or self._unit_cache is not None:
+            raise ConflictError("the blocks of this model already belong to a cache; only one can own them")
+
+    # Skipping blocks.
+
+    def _run_block(
+        self, place: int, stack: Stack, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        cache = self._stack
+        if cache is None or not self._open:
+            return forward(*args, **kwargs)
+        step = self._host.clock.step
+        if place == cache.after > 0:
+            self._skipping = cache.skips(step, _argument(stack, "hidden_states", args, kwargs))
+        last = place == self.depth - 1
+        if self._skipping and place >= cache.after:
+            hidden = _argument(stack, "hidden_states", args, kwargs)
+            if last:
+                hidden = cache.recall(step, hidden)
+            return _returned(stack, hidden, args, kwargs)
+        output = forward(*args, **kwargs)
+        if last:
+            cache.store(step, _hidden(stack, output))
+        return output
+
+    # Replacing units.
+
+    def _look_at_block(
+        self, place: int, stack: Stack, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Note whether this call modulates every token apart."""
+        self._per_token[place] = any(
+            test(_argument(stack, name, args, kwargs)) for name, test in stack.per_token.items()
+        )
+        return forward(*args, **kwargs)
+
+    def _run_unit(
+        self, unit: UnitRef, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        cache = self._unit_cache
+        if cache is None or not self._open:
+            return forward(*args, **kwargs)
+        step = self._host.clock.step
+        if self._replaced[unit.index]:
+            outputs = cache.recall(step, unit)
+            return outputs[0] if len(outputs) == 1 else outputs
+        output = forward(*args, **kwargs)
+        cache.store(step, unit, (output,) if isinstance(output, Tensor) else tuple(output))
+        return output
+
+    def _run_bypass(
+        self,
+        place: int,
+        readers: tuple[int, ...],
+        forward: Forward,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Hand on no tokens at all to what is not going to be read: (B, L, C) -> (B, 0, C)."""
+        if not self._open or not all(self._replaced[index] for index in readers):
+            return forward(*args, **kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if self._per_token[place]:
+            # Modulation with a row for each token can't be broadcast to no token: keep the length.
+            return hidden
+        text = kwargs.get("encoder_hidden_states")
+        return hidden[:, :0] if text is None else (hidden[:, :0], text[:, :0])
+
+    def _list_units(self) -> list[UnitRef]:
+        units: list[UnitRef] = []
+        for place, (stack, index, block) in enumerate(self._blocks):
+            for unit in stack.units:
+                if child(block, unit.module) is not None:
+                    name = f"{stack.path}.{index}.{unit.module}"
+                    units.append(UnitRef(len(units), name, place, unit.module))
+        return units
+
+    def _bypasses(self) -> dict[tuple[int, str], list[int]]:
+        """(block, path) -> indices of the units that read this module's output."""
+        readers: dict[tuple[int, str], list[int]] = defaultdict(list)
+        for ref in self.units:
+            stack, _, block = self._blocks[ref.block]
+            facts = next(unit for unit in stack.units if unit.module == ref.module)
+            for path in facts.bypass:
+                if child(block, path) is not None:
+                    readers[ref.block, path].append(ref.index)
+        return readers
+
+    def _module(self, place: int, path: str) -> nn.Module:
+        module = child(self._blocks[place][2], path)
+        assert module is not None
+        return module
+
+    def _refuse_chunks(self) -> None:
+        for stack, index, block in self._blocks:
+            if getattr(block, "_chunk_size", None) is not None:
+                raise SeamError(
+                    f"{stack.path}.{index} runs its feed-forward in chunks; call disable_forward_chunking() first"
+                )
+
+
+def _bound(function: Any, *first: Any) -> Any:
+    """`functools.partial` for hooks (a closure is cheaper to call with positional tails)."""
+
+    def around(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return function(*first, forward, args, kwargs)
+
+    return around
+
+
+def _argument(stack: Stack, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An argument of a block's call; `"hidden_states"` is the first one under whatever name."""
+    place = 0 if name == "hidden_states" else stack.arguments.index(name)
+    return args[place] if place < len(args) else kwargs.get(stack.arguments[place])
+
+
+def _hidden(stack: Stack, output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[stack.returns.index("hidden_states")]
+
+
+def _returned(stack: Stack, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a block returns that leaves everything but `hidden` as it is."""
+    if len(stack.returns) == 1:
+        return hidden
+    text = _argument(stack, "encoder_hidden_states", args, kwargs)
+    return tuple(hidden if name == "hidden_states" else text for name in stack.returns)

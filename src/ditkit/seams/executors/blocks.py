@@ -1,0 +1,168 @@
+"""What the block executors work on: tiles of the token grid, and lists of the key tiles each query tile reads.
+
+B batch, h heads, L tokens of the joint sequence, N image tokens, T text tokens, d head dim,
+n tiles, t tokens in a tile, Q query tiles, K key tiles kept for a query tile.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ditkit.seams.layout import TokenLayout
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """A partition of the image tokens into boxes of equal size, as a permutation of the raster order.
+
+    Boxes that stick out of the grid are filled up with slots marked invalid; those repeat the number of a token
+    of the box, so that they can be gathered like the others.
+
+    Args:
+        grid: (F, H, W) of the tokens.
+        tile: (f, h, w) of a box.
+        order: (n, t) int64, the raster number of the token in each slot; tiles in raster order, slots too.
+        valid: (n, t) bool, False on the filling; None when every box is whole.
+        inverse: (N,) int64, the slot n * t of each token.
+    """
+
+    grid: tuple[int, int, int]
+    tile: tuple[int, int, int]
+    order: Tensor
+    valid: Tensor | None
+    inverse: Tensor
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Number of boxes along frames, height and width."""
+        f, h, w = (math.ceil(size / tile) for size, tile in zip(self.grid, self.tile, strict=True))
+        return f, h, w
+
+    def split(self, x: Tensor) -> Tensor:
+        """(..., N, d) in raster order -> (..., n, t, d)."""
+        n, t = self.order.shape
+        return x.index_select(-2, self.order.reshape(-1)).unflatten(-2, (n, t))
+
+    def join(self, x: Tensor) -> Tensor:
+        """(..., n, t, d) -> (..., N, d) in raster order: the inverse of `split`."""
+        return x.flatten(-3, -2).index_select(-2, self.inverse)
+
+
+def tile_grid(
+    grid: tuple[int, int, int], tile: tuple[int, int, int], device: torch.device | str | None = None
+) -> Tiling:
+    """Cut a token grid into boxes. A tile of (1, 1, t) on a grid of (1, 1, N) gives runs of t tokens.
+
+    Raises:
+        ValueError: a tile that is not made of three positive whole numbers.
+    """
+    if len(tile) != 3 or any(not isinstance(size, int) or size < 1 for size in tile):
+        raise ValueError(f"tile must be three whole numbers of at least 1 (frames, height, width); got {tile}")
+    axes, inside = [], []
+    for size, step in zip(grid, tile, strict=True):
+        slots = torch.arange(math.ceil(size / step) * step).view(-1, step)     # (boxes, step)
+        inside.append(slots < size)
+        axes.append(slots.clamp(max=size - 1))
+    # every combination of (box, slot) over the three axes -> (n, t)
+    order = (axes[0] * (grid[1] * grid[2]))[:, None, None, :, None, None]
+    order = order + (axes[1] * grid[2])[None, :, None, None, :, None] + axes[2][None, None, :, None, None, :]
+    good = inside[0][:, None, None, :, None, None] & inside[1][None, :, None, None, :, None]
+    good = good & inside[2][None, None, :, None, None, :]
+    t = math.prod(tile)
+    order, good = order.reshape(-1, t), good.expand(*order.shape).reshape(-1, t)
+    inverse = torch.empty(math.prod(grid), dtype=torch.long)
+    inverse[order[good]] = torch.arange(order.numel()).view_as(order)[good]
+    whole = bool(good.all())
+    return Tiling(
+        tuple(grid), tuple(tile), order.to(device), None if whole else good.to(device), inverse.to(device)
+    )
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Lists of equal length, run together: which (numbers into the flattened lists) and how long they are."""
+
+    which: Tensor
+    length: int
+
+
+@dataclass(frozen=True)
+class BlockLists:
+    """Which key tiles each query tile reads.
+
+    Text is not in the lists: every image query reads every text key, and text queries read everything.
+
+    Args:
+        index: (B or 1, h or 1, Q, K) int64 tile numbers; (h or 1, Q, K) and (Q, K) are taken too.
+        count: (B or 1, h or 1, Q) how many of the K are used (the first ones); None when all are. Known before
+            the call for a static mask; a list that depends on the data costs one synchronisation a call.
+    """
+
+    index: Tensor
+    count: Tensor | None = None
+    rows: tuple[Rows, ...] = field(default=(), compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        index, count = self.index, self.count
+        if not 2 <= index.dim() <= 4:
+            raise ValueError(f"index must be (B, h, Q, K), (h, Q, K) or (Q, K); got shape {tuple(index.shape)}")
+        index = index[(None,) * (4 - index.dim())]
+        if count is not None:
+            count = count[(None,) * (3 - count.dim())]
+            if count.shape != index.shape[:3]:
+                raise ValueError(f"count has shape {tuple(count.shape)}, index {tuple(index.shape)}: not of a kind")
+        object.__setattr__(self, "index", index)
+        object.__setattr__(self, "count", count)
+        object.__setattr__(self, "rows", _group(index, count))
+
+    def allowed(self, tiles: int) -> Tensor:
+        """(B or 1, h or 1, Q, tiles) bool: the same as a map of tile pairs."""
+        kept = torch.ones_like(self.index, dtype=torch.bool)
+        if self.count is not None:
+            kept = torch.arange(self.index.shape[-1], device=self.index.device) < self.count[..., None]
+        hits = torch.zeros(*self.index.shape[:3], tiles, dtype=torch.int32, device=self.index.device)
+        return hits.scatter_add_(-1, self.index, kept.int()) > 0
+
+    @classmethod
+    def from_map(cls, allowed: Tensor) -> BlockLists:
+        """Lists from a bool map (..., Q, tiles), in ascending order of the tiles."""
+        count = allowed.sum(-1)
+        longest = max(int(count.max()), 1)
+        index = allowed.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :longest]
+        same = bool((count == longest).all())
+        return cls(index, None if same else count)
+
+
+def _group(index: Tensor, count: Tensor | None) -> tuple[Rows, ...]:
+    total = math.prod(index.shape[:3])
+    every = torch.arange(total, device=index.device)
+    if count is None:
+        return (Rows(every, index.shape[-1]),)
+    flat = count.reshape(-1)
+    lengths = sorted(set(flat.tolist()))
+    return tuple(Rows(every[flat == length], length) for length in lengths)
+
+
+def density(lists: BlockLists, tiling: Tiling, layout: TokenLayout) -> float:
+    """Share of the L x L pairs that are read: tiles, and text rows and columns in full."""
+    n, t = tiling.order.shape
+    sizes = tiling.valid.sum(-1) if tiling.valid is not None else torch.full((n,), t, device=tiling.order.device)
+    sizes = sizes.double().cpu()
+    pairs = torch.einsum("bhqk,q,k->bh", lists.allowed(n).double().cpu(), sizes, sizes).mean().item()
+    image, text = layout.image_length, layout.joint_text_length
+    return (pairs + image * text + text * layout.length) / layout.length**2
+
+
+def dense_mask(lists: BlockLists, tiling: Tiling, layout: TokenLayout) -> Tensor:
+    """(B or 1, h or 1, L, L) bool: the lists as a full mask in the order of the sequence (the reference)."""
+    n, t = tiling.order.shape
+    tile_of = tiling.inverse // t                                              # (N,)
+    image = lists.allowed(n)[:, :, tile_of][:, :, :, tile_of]                  # (B, h, N, N)
+    span = layout.image_span
+    mask = torch.ones(*image.shape[:2], layout.length, layout.length, dtype=torch.bool, device=image.device)
+    mask[:, :, span, span] = image
+    return mask

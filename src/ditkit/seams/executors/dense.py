@@ -1,0 +1,51 @@
+"""Attention with a full mask: the reference that the sparse executors are held against, and the fallback.
+
+B batch, h heads, Lq queries, Lk keys, d head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as _sdpa
+
+
+def key_mask(mask: Tensor | None, batch: int, keys: int) -> Tensor | None:
+    """The mask of a call as a row of keys (B or 1, Lk), bool (True: may be read) or additive; None when there is
+    none.
+
+    Raises:
+        ValueError: a mask that also depends on the query or the head, which is not a row of keys.
+    """
+    if mask is None:
+        return None
+    if mask.dim() == 4 and mask.shape[1:] == (1, 1, keys) and mask.shape[0] in (1, batch):
+        return mask[:, 0, 0]
+    if mask.dim() == 2 and mask.shape == (batch, keys) and batch != keys:
+        return mask
+    raise ValueError(f"a mask of shape {tuple(mask.shape)} is not one row of {keys} keys for a batch of {batch}")
+
+
+def combine(allowed: Tensor, mask: Tensor | None) -> Tensor:
+    """A bool mask and the mask of a call in one: bool with bool stays bool, otherwise additive."""
+    if mask is None:
+        return allowed
+    if mask.dtype == torch.bool:
+        return allowed & mask
+    return mask.masked_fill(~allowed, float("-inf"))
+
+
+def masked_dense(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """Softmax attention under a mask, (B, h, Lq, d) -> (B, h, Lq, d).
+
+    Args:
+        mask: bool (True: may be read) or additive, broadcastable to (B, h, Lq, Lk). A query that may read nothing
+            gets zeros.
+    """
+    out = _sdpa(q, k, v, attn_mask=mask, scale=scale)
+    if mask is None:
+        return out
+    empty = ~mask.any(-1) if mask.dtype == torch.bool else torch.isneginf(mask).all(-1)
+    return out.masked_fill(empty[..., None], 0.0)

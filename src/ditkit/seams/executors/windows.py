@@ -1,0 +1,122 @@
+"""Sparse attention with a mask for each single token: tiles of queries, each with gathered keys and an element mask.
+
+B batch, h heads, L tokens of the joint sequence, N image tokens, T text tokens, E further keys, d head dim,
+n query tiles, t tokens in a tile, K keys gathered for a tile, M different masks, R tiles run at once, G = B h.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as _sdpa
+
+from ditkit.seams.executors.blocks import Tiling
+from ditkit.seams.executors.gather import CHUNK_BYTES, with_text_queries
+from ditkit.seams.layout import TokenLayout
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Query tiles, each with K keys of its own and an element mask on them; masks that are equal are kept once.
+
+    Args:
+        tiling: of the queries.
+        keys: (n, K) int64 raster numbers of the image keys that a tile gathers.
+        kind: (n,) int64, which of the masks a tile has.
+        masks: (M, t, K) bool, True where a query of the tile may read the key.
+    """
+
+    tiling: Tiling
+    keys: Tensor
+    kind: Tensor
+    masks: Tensor
+    groups: tuple[Tensor, ...] = field(init=False, repr=False)
+    back: Tensor = field(init=False, repr=False)
+    _biases: dict[tuple[int, torch.dtype], Tensor] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        every = torch.arange(self.kind.shape[0], device=self.kind.device)
+        groups = tuple(every[self.kind == kind] for kind in range(self.masks.shape[0]))
+        object.__setattr__(self, "groups", groups)
+        object.__setattr__(self, "back", torch.cat(groups).argsort())
+
+    def bias(self, always: int, dtype: torch.dtype) -> Tensor:
+        """(M, t, K + always): the masks as something to add to the scores, and keys that every query reads."""
+        if (always, dtype) in self._biases:
+            return self._biases[always, dtype]
+        bias = torch.zeros(self.masks.shape, dtype=dtype, device=self.masks.device)
+        bias = bias.masked_fill(~self.masks, float("-inf"))
+        bias = torch.cat([bias, bias.new_zeros(*bias.shape[:2], always)], dim=-1)
+        if not torch.compiler.is_compiling():
+            self._biases[always, dtype] = bias
+        return bias
+
+
+def gather_windows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    windows: Windows,
+    layout: TokenLayout,
+    *,
+    extra: tuple[Tensor, Tensor] | None = None,
+    keys: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention where image queries read the keys of their tile that its mask allows, all text, and `extra`.
+
+    Args:
+        q, k, v: (B, h, L, d) in the order of `layout`.
+        extra: keys and values (B, h, E, d) that image queries read and text queries do not.
+        keys: (B or 1, L), bool (True: may be read) or additive: the validity of single keys, e.g. padded text.
+
+    Returns:
+        (B, h, L, d).
+    """
+    B, h, _, d = q.shape
+    K = windows.keys.shape[1]
+    always = [x[:, :, layout.text_span] for x in (k, v)]                       # (B, h, T, d)
+    if extra is not None:
+        always = [torch.cat([x, more], dim=2) for x, more in zip(always, extra, strict=True)]
+    T = always[0].shape[2]
+    qt = windows.tiling.split(q[:, :, layout.image_span]).flatten(0, 1).transpose(0, 1)   # (n, G, t, d)
+    image = [x[:, :, layout.image_span].flatten(0, 1) for x in (k, v)]         # (G, N, d)
+    always = [x.flatten(0, 1)[None] for x in always]                           # (1, G, T, d)
+    bias = windows.bias(T, q.dtype)
+    rows = None if keys is None else _rows(keys, layout, T, q.dtype)
+
+    def collect(x: Tensor, text: Tensor, which: Tensor) -> Tensor:
+        x = x.index_select(1, which.reshape(-1)).unflatten(1, which.shape).transpose(0, 1)   # (R, G, K, d)
+        return torch.cat([x, text.expand(which.shape[0], -1, -1, -1)], dim=2) if T else x
+
+    step = max(1, CHUNK_BYTES // (B * h * (K + T) * d * 2 * q.element_size()))
+    parts = []
+    for kind, group in enumerate(windows.groups):
+        for tiles in group.split(step):
+            which = windows.keys.index_select(0, tiles)                        # (R, K)
+            mask = bias[kind : kind + 1, None]                                 # (1, 1, t, K + T)
+            if rows is not None:
+                mask = mask + _spread(rows, which, h)                          # (R, G or 1, t, K + T)
+            k_here, v_here = (collect(x, text, which) for x, text in zip(image, always, strict=True))
+            parts.append(_sdpa(qt.index_select(0, tiles), k_here, v_here, attn_mask=mask, scale=scale))
+    out = torch.cat(parts).index_select(0, windows.back)                       # (n, G, t, d)
+    out = windows.tiling.join(out.transpose(0, 1).unflatten(0, (B, h)))
+    return with_text_queries(out, q, k, v, layout, keys, scale)
+
+
+def _rows(keys: Tensor, layout: TokenLayout, always: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The validity of keys as something to add: image keys (B or 1, N), always-visible keys (B or 1, T)."""
+    if keys.dtype == torch.bool:
+        keys = torch.zeros(keys.shape, dtype=dtype, device=keys.device).masked_fill(~keys, float("-inf"))
+    text = keys[:, layout.text_span]
+    return keys[:, layout.image_span], torch.cat([text, text.new_zeros(len(text), always - text.shape[1])], dim=1)
+
+
+def _spread(rows: tuple[Tensor, Tensor], which: Tensor, heads: int) -> Tensor:
+    """(R, B h or 1, 1, K + T) for the tiles whose keys are `which` (R, K)."""
+    image, always = rows
+    image = image.index_select(1, which.reshape(-1)).unflatten(1, which.shape).transpose(0, 1)   # (R, B or 1, K)
+    both = torch.cat([image, always[None].expand(which.shape[0], -1, -1)], dim=-1)
+    return (both.repeat_interleave(heads, dim=1) if both.shape[1] > 1 else both)[:, :, None]

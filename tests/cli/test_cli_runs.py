@@ -1,0 +1,110 @@
+"""The commands at work, on a tiny pipeline read from a folder."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+TINY = "--steps 4 --size 16"
+
+
+def written(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_one_picture(ditkit, folder: Path, tmp_path: Path) -> None:
+    result = ditkit(f"generate 'red apple' --model {folder} {TINY} --seed 7 --out deep/apple.png")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "deep/apple.png\n"
+    assert written(tmp_path) == {"deep/apple.png"}
+    with Image.open("deep/apple.png") as image:
+        assert image.size == (16, 16)
+
+
+def test_the_same_seed_gives_the_same_file(ditkit, folder: Path) -> None:
+    for name, seed in (("a", 7), ("b", 7), ("c", 8)):
+        assert (
+            ditkit(f"generate 'red apple' --model {folder} {TINY} --seed {seed} --out {name}.png").exit_code
+            == 0
+        )
+    a, b, c = (Path(f"{name}.png").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_several_prompts_are_numbered(ditkit, folder: Path, tmp_path: Path) -> None:
+    result = ditkit(f"generate apple rocket fish --model {folder} {TINY} --batch 2 --out p.webp")
+    assert result.stdout.split() == ["p-1.webp", "p-2.webp", "p-3.webp"]
+    assert written(tmp_path) == {"p-1.webp", "p-2.webp", "p-3.webp"}
+
+
+def test_a_sheet(ditkit, folder: Path, tmp_path: Path) -> None:
+    assert ditkit(f"generate apple rocket --model {folder} {TINY} --sheet --out s.png").stdout == "s.png\n"
+    with Image.open("s.png") as image:
+        assert image.width > 2 * 112
+    assert written(tmp_path) == {"s.png"}
+
+
+def test_with_methods(ditkit, folder: Path) -> None:
+    line = f"generate apple --model {folder} --steps 8 --size 16 --with taylorseer:interval=3,order=1"
+    result = ditkit(f"{line} --with local-window:radius=2 --out m.png")
+    assert result.exit_code == 0, result.output
+    assert Path("m.png").exists()
+    assert "forecast" in result.stderr
+
+
+def test_bench_writes_three_files(ditkit, folder: Path, tmp_path: Path) -> None:
+    line = f"bench --model {folder} --steps 6 --size 16 --repeats 1 -p apple -p fish --out b --no-peers"
+    result = ditkit(f"{line} --with taylorseer:interval=2 --with local-window:radius=2")
+    assert result.exit_code == 0, result.output
+    assert written(tmp_path) == {"b/bench.json", "b/bench.csv", "b/bench.html"}
+    found = json.loads(Path("b/bench.json").read_text())
+    kinds = [row["kind"] for row in found["rows"]]
+    assert kinds == ["dense", "method", "method", "plain"]
+    assert found["settings"]["model"] == str(folder)
+    with Path("b/bench.csv").open(newline="") as stream:
+        assert [row["label"] for row in csv.DictReader(stream)] == [row["label"] for row in found["rows"]]
+    for row in found["rows"]:
+        assert row["label"].split(":")[0] in result.stdout
+
+
+def test_demo(ditkit, folder: Path, tmp_path: Path) -> None:
+    """The tiny model's own size would be FLUX's 1024 pixels; the demo takes the model's."""
+    result = ditkit(f"demo --model {folder} --steps 5 --repeats 1 --size 16 --out show")
+    assert result.exit_code == 0, result.output
+    files = written(tmp_path)
+    assert {"show/report.html", "show/demo.png", "show/demo.json", "show/demo.csv"} <= files
+    assert sum(name.startswith("show/pictures/") for name in files) == 8 * 5
+    assert result.stdout.splitlines()[-2:] == ["show/demo.png", "show/report.html"]
+
+
+def test_methods(ditkit) -> None:
+    listed = ditkit("methods").stdout
+    assert "taylorseer" in listed
+    assert "2503.06923" in listed
+    assert "local-window" in listed
+    detail = ditkit("methods taylorseer").stdout
+    assert "interval" in detail
+    assert "https://arxiv.org/abs/2503.06923" in detail
+
+
+def test_models(ditkit) -> None:
+    assert "micro-flux" in ditkit("models").stdout
+
+
+def test_emoji(ditkit, tmp_path: Path) -> None:
+    result = ditkit("data emoji --preview sheet.png --count 9")
+    assert result.exit_code == 0, result.output
+    assert "single" in result.stdout
+    with Image.open("sheet.png") as image:
+        assert image.size == (3 * 64, 3 * 64)
+    assert written(tmp_path) == {"sheet.png"}
+
+
+@pytest.mark.parametrize("option", ["--out", "-o"])
+def test_short_names(ditkit, folder: Path, option: str) -> None:
+    assert ditkit(f"generate apple -m {folder} {TINY} {option} short.png").exit_code == 0

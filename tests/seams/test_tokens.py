@@ -1,0 +1,141 @@
+"""Running the blocks on some tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import TINY, Tiny, output
+from torch import Tensor
+
+import ditkit
+from ditkit.seams.anatomy import describe
+from ditkit.seams.apply import Host
+from ditkit.seams.errors import SeamError
+from ditkit.seams.steps import Step
+from ditkit.seams.tokens import TokenChoice
+
+every_class = pytest.mark.parametrize("tiny", TINY.values(), ids=TINY.keys())
+
+
+class Chosen(TokenChoice):
+    """Keeps the tokens at given places; also a method that owns the tokens."""
+
+    claims = frozenset({"tokens"})
+
+    def __init__(self, indices: Tensor | None) -> None:
+        self.indices = indices
+        self.lengths: list[int] = []
+
+    def attach(self, host: Host) -> None:
+        host.tokens.choose(self)
+        for _, _, block in host.anatomy.blocks(host.model):
+            block.register_forward_hook(self._note, with_kwargs=True)
+
+    def _note(self, module: object, args: tuple, kwargs: dict, result: object) -> None:
+        self.lengths.append((args[0] if args else kwargs["hidden_states"]).shape[1])
+
+    def select(self, step: Step, hidden_states: Tensor) -> Tensor | None:
+        return self.indices
+
+
+def tokens_of(tiny: Tiny) -> int:
+    model = tiny.model()
+    return describe(model).layout(model, tiny.inputs()).image_length
+
+
+@every_class
+def test_all_tokens_in_order_change_no_bit(tiny: Tiny) -> None:
+    model, inputs = tiny.model(), tiny.inputs(batch=2)
+    with torch.no_grad():
+        dense = output(model(**inputs))
+        for indices in (torch.arange(tokens_of(tiny)), None):
+            with ditkit.apply(model, Chosen(indices)):
+                assert torch.equal(output(model(**inputs)), dense)
+
+
+@every_class
+def test_a_permutation_is_undone(tiny: Tiny) -> None:
+    model, inputs = tiny.model(), tiny.inputs(batch=2)
+    shuffled = torch.randperm(tokens_of(tiny), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        dense = output(model(**inputs))
+        with ditkit.apply(model, Chosen(shuffled)):
+            permuted = output(model(**inputs))
+    torch.testing.assert_close(permuted, dense, atol=1e-5, rtol=0)
+
+
+@every_class
+def test_blocks_see_only_the_chosen_tokens(tiny: Tiny) -> None:
+    model, inputs = tiny.model(), tiny.inputs()
+    choice = Chosen(torch.tensor([1, 5, 6, 11]))
+    with torch.no_grad():
+        dense = output(model(**inputs))
+        with ditkit.apply(model, choice):
+            partial = output(model(**inputs))
+    assert partial.shape == dense.shape and bool(partial.isfinite().all())
+    # The registered forward hook sees a block's arguments as the model gave them; the blocks' own modules
+    # work on four tokens (and on the text).
+    assert not torch.equal(partial, dense)
+
+
+def test_rows_left_out_keep_what_fill_gives() -> None:
+    tiny = TINY["PixArtTransformer2DModel"]
+
+    class Zero(Chosen):
+        def fill(self, step: Step, hidden_states: Tensor) -> Tensor:
+            return torch.zeros_like(hidden_states)
+
+    model, inputs, kept = tiny.model(), tiny.inputs(), torch.tensor([2, 3])
+    entered: list[Tensor] = []
+    model.norm_out.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    with torch.no_grad(), ditkit.apply(model, Zero(kept)):
+        model(**inputs)
+    others = [place for place in range(16) if place not in kept.tolist()]
+    assert float(entered[0][:, others].abs().max()) == 0
+    assert float(entered[0][:, kept].abs().min()) > 0
+
+
+def test_fewer_tokens_cost_fewer_flops() -> None:
+    tiny = TINY["WanTransformer3DModel"]
+    flops = []
+    for indices in (None, torch.arange(4)):
+        model = tiny.model()
+        with torch.no_grad(), ditkit.apply(model, Chosen(indices)) as run:
+            model(**tiny.inputs())
+        flops.append(run.report().flops)
+    assert flops[1] < 0.6 * flops[0]
+
+
+def test_per_token_modulation_follows_the_tokens() -> None:
+    for name in ("WanTransformer3DModel", "LTXVideoTransformer3DModel"):
+        tiny = TINY[name]
+        model, inputs = tiny.model(), tiny.inputs()
+        inputs["timestep"] = torch.linspace(0, 900, tiny.tokens)[None]
+        with torch.no_grad():
+            dense = output(model(**inputs))
+            with ditkit.apply(model, Chosen(torch.arange(tiny.tokens).flip(0))):
+                torch.testing.assert_close(output(model(**inputs)), dense, atol=1e-5, rtol=0)
+
+
+def test_refusals_name_the_class_and_the_reason() -> None:
+    from diffusers import HunyuanVideoTransformer3DModel
+
+    config = {**TINY["HunyuanVideoTransformer3DModel"].model().config, "image_condition_type": "token_replace"}
+    with pytest.raises(SeamError, match=r"HunyuanVideoTransformer3DModel.*first frame"):
+        ditkit.apply(HunyuanVideoTransformer3DModel(**config), Chosen(torch.arange(4)))
+    tiny = TINY["FluxTransformer2DModel"]
+    inputs = {**tiny.inputs(), "controlnet_block_samples": [torch.zeros(1, 16, 32)]}
+    with (
+        torch.no_grad(),
+        ditkit.apply(model := tiny.model(), Chosen(torch.arange(4))),
+        pytest.raises(SeamError, match=r"controlnet_block_samples adds a residual"),
+    ):
+        model(**inputs)
+
+
+@pytest.mark.parametrize("indices", [torch.zeros(2, 4, dtype=torch.long), torch.zeros(0, dtype=torch.long)])
+def test_bad_indices_are_refused(indices: Tensor) -> None:
+    tiny = TINY["FluxTransformer2DModel"]
+    model = tiny.model()
+    with ditkit.apply(model, Chosen(indices)), pytest.raises(SeamError, match="select must give indices"):
+        model(**tiny.inputs())

@@ -1,0 +1,100 @@
+"""Tiny diffusers pipelines with random weights, built without a hub from the real classes.
+
+They draw noise-like pictures, but run every line of code that a trained pipeline runs.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+WORDS = ("red", "apple", "green", "rocket", "cat", "face", "blue", "sun", "heart", "fish")
+
+
+def word_tokenizer(length: int = 8) -> PreTrainedTokenizerFast:
+    """One token per word of `WORDS`."""
+    vocabulary = {word: i for i, word in enumerate(("<pad>", "<unk>", "</s>", *WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token="</s>",
+        model_max_length=length,
+    )
+
+
+def flux(seed: int = 0, double: int = 2, single: int = 2, guidance_embeds: bool = False) -> FluxPipeline:
+    """FluxPipeline: 16 px pictures in 4x4 tokens, 8 text tokens, width 32."""
+    torch.manual_seed(seed)
+    tokenizer = word_tokenizer()
+    words = len(tokenizer)
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=words,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            projection_dim=16,
+            max_position_embeddings=8,
+            eos_token_id=2,
+            bos_token_id=1,
+            pad_token_id=0,
+        )
+    )
+    t5 = T5EncoderModel(
+        T5Config(vocab_size=words, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0)
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+        shift_factor=0.0,
+        scaling_factor=1.0,
+    )
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=double,
+        num_single_layers=single,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=16,
+        axes_dims_rope=(4, 6, 6),
+        guidance_embeds=guidance_embeds,
+    )
+    _wake(transformer)
+    pipe = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae.eval(),
+        text_encoder=clip.eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=t5.eval(),
+        tokenizer_2=tokenizer,
+        transformer=transformer.eval(),
+    )
+    pipe.default_sample_size = 8
+    pipe.tokenizer_max_length = 8
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _wake(model: torch.nn.Module) -> None:
+    """Replace every weight by random values of a size at which each of them shows in the output."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
+            else:
+                parameter.add_(0.1 * torch.randn_like(parameter))
