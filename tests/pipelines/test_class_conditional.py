@@ -1,4 +1,4 @@
-"""The class-conditional pipeline: the authors' loops through diffusers' schedulers, labels, sizes, pictures."""
+"""The class-conditional pipeline: the authors' loops by diffusers' schedulers, labels, sizes, pictures."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def model(cls: type[DiT] = DiT, **config: Any) -> DiT:
 
 
 def ddpm(**config: Any) -> DDPMScheduler:
-    return DDPMScheduler(**{**BETAS, "variance_type": "learned_range", "timestep_spacing": "linspace", **config})
+    return DDPMScheduler(
+        **{**BETAS, "variance_type": "learned_range", "timestep_spacing": "linspace", **config}
+    )
 
 
 def pipeline(transformer: DiT, scheduler: Any = None, vae: Any = None) -> ClassConditionalPipeline:
@@ -214,11 +216,20 @@ class TestPictures:
             norm_num_groups=4,
         ).eval()
         pipe = pipeline(model(), vae=vae)
-        found = pipe([0], num_inference_steps=2, generator=torch.Generator().manual_seed(1), output_type="pt").images
+        found = pipe(
+            [0], num_inference_steps=2, generator=torch.Generator().manual_seed(1), output_type="pt"
+        ).images
         assert found.shape == (1, 3, 16, 16)
-        decoded = vae.decode(latents(pipe, [0], seed=1, num_inference_steps=2) / vae.config["scaling_factor"]).sample
+        decoded = vae.decode(
+            latents(pipe, [0], seed=1, num_inference_steps=2) / vae.config["scaling_factor"]
+        ).sample
         torch.testing.assert_close(found, (decoded / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=0)
-        assert pipe([0], num_inference_steps=1, height=24, width=8, output_type="pt").images.shape == (1, 3, 24, 8)
+        assert pipe([0], num_inference_steps=1, height=24, width=8, output_type="pt").images.shape == (
+            1,
+            3,
+            24,
+            8,
+        )
         with pytest.raises(ValueError, match="width=10: expected a multiple of 4"):
             pipe([0], width=10)
 
