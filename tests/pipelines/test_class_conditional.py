@@ -196,6 +196,8 @@ def test_wrong_schedulers_are_explained() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             latents(pipeline(transformer, scheduler))
+    flow = latents(pipeline(model(learn_sigma=False), FlowMatchEulerDiscreteScheduler()), latents=start())
+    assert torch.equal(flow, latents(pipeline(model(SiT, learn_sigma=False)), latents=start()))
 
 
 class TestPictures:

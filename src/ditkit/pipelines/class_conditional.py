@@ -32,8 +32,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
     Args:
         transformer: a `DiT` or `SiT`.
         scheduler: a diffusers scheduler: DDPM (with `variance_type="learned_range"` for the learned
-            variance), DDIM, DPM-Solver and the like for a DiT; a flow-matching one for a SiT that predicts
-            velocities on the linear path (its reversed time and sign are converted here).
+            variance), DDIM, DPM-Solver and the like for a DiT; a flow-matching one for a SiT, or a DiT
+            without variance, that was trained on velocities of the linear path from noise (t = 0) to data
+            (diffusers' reversed time and sign are converted here).
         vae: an `AutoencoderKL`; without one the latents are the pictures, and have 1 or 3 channels, or are
             asked for with `output_type="latent"`.
     """
@@ -129,7 +130,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         callback: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None,
     ) -> Tensor:
         """The loop over the scheduler's timesteps, from noise to latents (B, C, H, W)."""
-        scheduler, flow = self.scheduler, isinstance(self.transformer, SiT)
+        scheduler, flow = self.scheduler, _is_flow(self.scheduler)
         if flow and "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
             # Even steps down to zero; the schedulers' own choice makes a last step of a thousandth.
             scheduler.set_timesteps(
@@ -201,14 +202,19 @@ class ClassConditionalPipeline(DiffusionPipeline):
             )
         if scheduler is None:
             return
-        flow = "FlowMatch" in type(scheduler).__name__
-        if flow != isinstance(self.transformer, SiT):
+        sit, variance = isinstance(self.transformer, SiT), self.transformer.out_channels > channels
+        if (variance and not sit) if _is_flow(scheduler) else sit:
             raise ValueError(
                 f"{type(scheduler).__name__} does not fit a {type(self.transformer).__name__}: a SiT needs a "
-                "flow-matching scheduler or a sampler, a DiT one of the other schedulers"
+                "flow-matching scheduler or a sampler, a DiT with learned variance one of the others"
             )
         learned = str(scheduler.config.get("variance_type", "")).startswith("learned")
-        if learned and self.transformer.out_channels == channels:
+        if learned and not variance:
             raise ValueError(
                 f"variance_type={scheduler.config['variance_type']!r} needs a model with learn_sigma=True"
             )
+
+
+def _is_flow(scheduler: Any) -> bool:
+    """Flow-matching schedulers have no class in common, only their names."""
+    return "FlowMatch" in type(scheduler).__name__
