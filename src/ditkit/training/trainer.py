@@ -271,12 +271,14 @@ class Trainer:
 
 
 class _Averaged:
-    """Context in which the trained parameters hold their average."""
+    """Context in which the trained parameters hold their average and nothing records gradients."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
 
     def __enter__(self) -> None:
+        self.no_grad = torch.no_grad()
+        self.no_grad.__enter__()
         self.training = self.trainer.task.training
         self.trainer.task.eval()
         if self.trainer.ema:
@@ -287,6 +289,7 @@ class _Averaged:
         if self.trainer.ema:
             self.trainer.ema.restore(self.trainer.parameters)
         self.trainer.task.train(self.training)
+        self.no_grad.__exit__(None, None, None)
 
 
 def learning_rate_factor(run: configuration.RunConfig, step: int) -> float:
