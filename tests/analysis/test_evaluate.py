@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from tiny_pipelines import tiny_flux_pipeline
 
 from ditkit.analysis.evaluate import UNSEEN, Judge, evaluate
 from ditkit.data.emoji import EmojiDataset
+from tiny_pipelines import flux
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,9 @@ def test_true_pictures_are_recognised_and_others_are_not(judge):
 
 def test_small_noise_and_small_shifts_do_not_change_the_nearest(judge):
     rows = list(range(0, 3779, 97))
-    noisy = judge.dataset.images(rows) + 0.1 * torch.randn(len(rows), 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    noisy = judge.dataset.images(rows) + 0.1 * torch.randn(
+        len(rows), 3, 64, 64, generator=torch.Generator().manual_seed(0)
+    )
     assert (judge.nearest(noisy) == torch.tensor(rows)).float().mean() > 0.9
 
 
@@ -37,7 +39,7 @@ def test_unseen_captions_are_unseen():
 
 
 def test_evaluate_counts(monkeypatch):
-    pipe = tiny_flux_pipeline()
+    pipe = flux()
     result = evaluate(pipe, count=3, steps=1, batch=2)
     assert len(result.captions) == 3 and result.accuracy == 1 - len(result.wrong) / 3
     assert sum(asked for _, asked in result.by_group.values()) == 3

@@ -50,7 +50,9 @@ class Task(nn.Module):
             ConfigError: there is no such stage before this one.
         """
         if name not in self.earlier:
-            raise ConfigError(f"{self.run.name}: no stage {name!r} before it (there are: {', '.join(self.earlier)})")
+            raise ConfigError(
+                f"{self.run.name}: no stage {name!r} before it (there are: {', '.join(self.earlier)})"
+            )
         return self.earlier[name] / "export"
 
     @property
