@@ -25,8 +25,8 @@ from ditkit.data.pictures import grid
 FEATURE_SIZE = 24
 UNSEEN = (
     "red dog", "blue apple", "green heart with arrow", "purple cat face", "yellow car", "black star",
-    "white rabbit", "orange butterfly", "blue rose", "green apple with face", "cat astronaut", "dog with party hat",
-    "flag of the moon", "smiling sun with sunglasses", "woman robot", "snow dragon",
+    "white rabbit", "orange butterfly", "blue rose", "green apple with face", "cat astronaut",
+    "dog with party hat", "flag of the moon", "smiling sun with sunglasses", "woman robot", "snow dragon",
 )  # fmt: skip
 """Captions that are not in the set, of words that are."""
 

@@ -27,7 +27,7 @@ class DataConfig(_Section):
 
     kind: Literal["emoji", "folder"] = "emoji"
     path: Path | None = None
-    size: int = Field(64, ge=8)
+    size: int = Field(default=64, ge=8)
     split: Literal["all", "train", "heldout"] = "train"
     groups: list[str] | None = None
     every: dict[str, int] = {}
@@ -41,11 +41,11 @@ class DataConfig(_Section):
 
 class OptimizerConfig(_Section):
     kind: Literal["adamw", "muon"] = "adamw"
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(default=1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(0.0, ge=0)
-    eps: float = Field(1e-8, gt=0)
-    clip_grad_norm: float | None = Field(None, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    clip_grad_norm: float | None = Field(default=None, gt=0)
 
 
 class ScheduleConfig(_Section):
@@ -55,13 +55,13 @@ class ScheduleConfig(_Section):
     """
 
     kind: Literal["constant", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
-    decay_steps: int = Field(0, ge=0)
-    final_factor: float = Field(0.0, ge=0, le=1)
+    warmup_steps: int = Field(default=0, ge=0)
+    decay_steps: int = Field(default=0, ge=0)
+    final_factor: float = Field(default=0.0, ge=0, le=1)
 
 
 class EMAConfig(_Section):
-    decay: float = Field(0.999, gt=0, lt=1)
+    decay: float = Field(default=0.999, gt=0, lt=1)
     warmup: bool = True
 
 
@@ -73,18 +73,18 @@ class RunConfig(_Section):
     task_options: dict[str, Any] = {}
     seed: int = 0
     steps: int = Field(ge=1)
-    batch_size: int = Field(64, ge=1, description="over all processes and accumulation steps")
-    accumulation: int = Field(1, ge=1)
+    batch_size: int = Field(default=64, ge=1, description="over all processes and accumulation steps")
+    accumulation: int = Field(default=1, ge=1)
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     ema: EMAConfig | None = EMAConfig()
-    log_every: int = Field(20, ge=1)
-    sample_every: int = Field(0, ge=0, description="0: never")
-    checkpoint_every: int = Field(500, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
-    heldout_every: int = Field(0, ge=0, description="0: never")
+    log_every: int = Field(default=20, ge=1)
+    sample_every: int = Field(default=0, ge=0, description="0: never")
+    checkpoint_every: int = Field(default=500, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    heldout_every: int = Field(default=0, ge=0, description="0: never")
     tracker: str | None = "tensorboard"
 
     @model_validator(mode="after")
@@ -167,7 +167,8 @@ def _override(raw: dict[str, Any], text: str) -> None:
             )
     if not parts:
         raise ConfigError(f"override {text!r} names a stage, not a key in it")
-    for part in parts[:-1]:
+    *path, last = parts
+    for part in path:
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
                 raise ConfigError(
@@ -179,6 +180,9 @@ def _override(raw: dict[str, Any], text: str) -> None:
         if not isinstance(node, dict | list):
             raise ConfigError(f"override {text!r}: {part!r} holds a value, not keys")
     try:
-        node[parts[-1]] = yaml.safe_load(value)
+        parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {text!r}: {error}") from error
+    if not isinstance(node, dict):
+        raise ConfigError(f"override {text!r}: name a key of the stage too")
+    node[last] = parsed

@@ -32,6 +32,7 @@ class AutoencoderOptions(TaskOptions):
 
 class AutoencoderTask(Task):
     Options = AutoencoderOptions
+    autoencoder: Any
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -88,7 +89,7 @@ class AutoencoderTask(Task):
 
 
 @torch.no_grad()
-def standardise(autoencoder: AutoencoderKL, batches: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def standardise(autoencoder: Any, batches: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Fold the standardisation of each latent channel into the 1 x 1 convolutions around the latents.
 
     Returns the mean and deviation `(C,)` that the channels had. Reconstructions stay as they were.

@@ -41,6 +41,9 @@ class ClassToImageOptions(TaskOptions):
 
 class ClassToImageTask(Task):
     Options = ClassToImageOptions
+    autoencoder: Any
+    samples: torch.Tensor
+    labels: torch.Tensor
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -63,7 +66,7 @@ class ClassToImageTask(Task):
         self.gaussian = GaussianDiffusion.create(1000)
         self.transport = Transport()
 
-    def _open_autoencoder(self) -> AutoencoderKL | None:
+    def _open_autoencoder(self) -> Any:
         name = self.options.autoencoder
         if name is None:
             return None

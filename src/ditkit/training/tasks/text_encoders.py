@@ -35,22 +35,28 @@ class TextEncodersOptions(TaskOptions):
 
 class TextEncodersTask(Task):
     Options = TextEncodersOptions
+    text_encoder: Any
+    text_encoder_2: Any
+    tokens: torch.Tensor
+    targets: torch.Tensor
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         options = self.options
         self.pictures = open_pictures(self.run.data)
         self.tokenizer = word_tokenizer(self.pictures.captions, options.max_length)
-        ids = self.tokenizer.convert_tokens_to_ids
-        shared = {"vocab_size": len(self.tokenizer), "pad_token_id": ids(PAD), "eos_token_id": ids(END)}
+        ids: Any = self.tokenizer.convert_tokens_to_ids
+        shared: dict[str, Any] = {
+            "vocab_size": len(self.tokenizer),
+            "pad_token_id": ids(PAD),
+            "eos_token_id": ids(END),
+        }
         self.text_encoder = CLIPTextModel(
             CLIPTextConfig(
                 **shared, bos_token_id=ids(END), max_position_embeddings=options.max_length, **options.clip
             )
         )
-        self.text_encoder_2 = T5EncoderModel(
-            T5Config(**shared, decoder_start_token_id=ids(PAD), **options.t5)
-        )
+        self.text_encoder_2 = T5EncoderModel(T5Config(**shared, **options.t5))
         self.clip_head = nn.Linear(self.text_encoder.config.hidden_size, options.components)
         self.t5_head = nn.Linear(self.text_encoder_2.config.d_model, options.components)
         self.register_buffer("tokens", self._tokenize(), persistent=False)

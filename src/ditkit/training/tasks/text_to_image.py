@@ -38,6 +38,13 @@ class TextToImageOptions(TaskOptions):
 
 class TextToImageTask(Task):
     Options = TextToImageOptions
+    autoencoder: Any
+    transformer: Any
+    text_encoder: Any
+    text_encoder_2: Any
+    latents: torch.Tensor
+    tokens: torch.Tensor
+    no_tokens: torch.Tensor
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -141,7 +148,7 @@ class TextToImageTask(Task):
     def draw(self) -> Image.Image | None:
         if not self.options.preview:
             return None
-        pipe = self.pipeline()
+        pipe: Any = self.pipeline()
         pipe.set_progress_bar_config(disable=True)
         images = pipe(
             self.options.preview,
