@@ -1,11 +1,11 @@
-"""Does a small DiT, and a small SiT, learn? Coloured blobs on a CPU in about a minute.
+"""Does a small DiT, and a small SiT, learn? Coloured blobs, about four minutes of one CPU core.
 
 A class is a colour; a picture is one blob of it at a random place, with its colour disturbed so that
 neighbouring classes overlap. Three claims are measured:
 (a) the noise prediction's error falls below half of its start; (b) with guidance the class of a sample is
 recognised more often than without; (c) SiT: Euler with 50 steps is closer to dopri5 than with 5.
 
-    python benchmarks/dit_toy.py [--steps 2000] [--json out.json]
+    python benchmarks/dit_toy.py [--steps 2000] [--json benchmarks/ledger/dit-baseline.json]
 """
 
 from __future__ import annotations
