@@ -145,7 +145,7 @@ def claims(result: dict[str, Any]) -> list[Claim]:
         Claim(
             "dit",
             "the noise error falls below half of its start",
-            "the card's small-scale claim",
+            "ours, at a small scale",
             f"{dit['mse_first_20']:.3f} to {dit['mse_last_200']:.3f}, {fall:.1%} of the start",
             fall < 0.5,
             size,
@@ -153,7 +153,7 @@ def claims(result: dict[str, Any]) -> list[Claim]:
         Claim(
             "dit",
             "with guidance the class of a sample is recognised more often than without",
-            "the card's small-scale claim; arXiv 2207.12598",
+            "arXiv 2207.12598, at a small scale",
             f"{plain:.1%} without, {dit['recognised_guidance_1.5']:.1%} at scale 1.5, {clear:.1%} at 3 "
             f"(the data itself: {dit['recognised_data']:.1%})",
             clear > plain,
@@ -162,7 +162,7 @@ def claims(result: dict[str, Any]) -> list[Claim]:
         Claim(
             "sit",
             "Euler with 50 steps comes closer to dopri5 than with 5",
-            "the card's small-scale claim",
+            "ours, at a small scale",
             f"relative distance {many:.4f} with 50 steps, {few:.4f} with 5",
             many < few,
             size,
