@@ -122,8 +122,12 @@ class LocalWindow:
 
     # On a model.
 
+    def strategy(self, weights: Mapping[str, Tensor] | None = None) -> _Window:
+        """What acts at the attention seam, with pooling weights (d, d) by the name of the attention module."""
+        return _Window(self, dict(weights or {}))
+
     def attach(self, host: Host) -> None:
-        strategy = _Window(self, self._weights(host))
+        strategy = self.strategy(self._weights(host))
         if self.ntk_factor != 1:
             _scale_rotary_base(host, self.ntk_factor)
         host.attention.use(strategy)
@@ -338,7 +342,7 @@ class _Window:
         if len(columns) > width:
             x = x.index_select(4, columns)
         x = x.unflatten(4, (-1, d)).unflatten(3, (-1, d))                      # (B, h, F, H/d, d, W/d, d, c)
-        if name in self.weights:
+        if self.weights:
             weight = self.weights[name].to(x.device, x.dtype)
         else:
             weight = torch.full((d, d), 1 / d**2, device=x.device, dtype=x.dtype)

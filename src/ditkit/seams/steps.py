@@ -135,7 +135,9 @@ class StepClock:
 
     def stepped(self, scheduler: Any) -> None:
         self._steps_taken += 1
-        if self._step is not None and self._steps_taken == self._step.num_steps:
+        place = getattr(scheduler, "step_index", None)
+        at_end = place is None or place >= len(self._times)
+        if self._step is not None and self._steps_taken == self._step.num_steps and at_end:
             self.restart()
             self._scheduled, self._steps_taken = False, 0
 
@@ -157,7 +159,8 @@ class StepClock:
         """Place of a timestep in the schedule; transformers get it as it is or divided by the number of
         training steps. 0 when it isn't there."""
         train_steps = float(getattr(self._scheduler.config, "num_train_timesteps", 1000))
-        for scaled in (timestep, timestep * train_steps):
+        # Scaled first: a transformer that divides gets 1.0 at the start, which is also the last timestep.
+        for scaled in (timestep * train_steps, timestep):
             near = min(range(len(self._times)), key=lambda i: abs(self._times[i] - scaled), default=0)
             if self._times and abs(self._times[near] - scaled) <= 1e-3 * max(abs(scaled), 1e-3):
                 return near

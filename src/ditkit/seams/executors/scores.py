@@ -28,14 +28,22 @@ def attention_with_lse(
     Returns:
         output (B, h, Lq, d) and log-sum-exp (B, h, Lq) in float32, both with gradients.
     """
+    if q.device.type != "cpu":
+        return formula_with_lse(q, k, v, mask, scale)
     if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, float("-inf"))
-    if q.device.type == "cpu":
-        # The flash kernel behind scaled_dot_product_attention on CPU has the log-sum-exp already.
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
-    scores = q.float() @ k.float().transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+        mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+    # The kernel behind scaled_dot_product_attention on CPU has the log-sum-exp already.
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return kernel(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+
+
+def formula_with_lse(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """`attention_with_lse` written out, for devices without a kernel that gives both; holds all scores."""
+    scores = q.float() @ k.float().transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if mask is not None:
-        scores = scores + mask
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     lse = scores.logsumexp(-1)
     return ((scores - lse[..., None]).exp() @ v.float()).to(v.dtype), lse
 
