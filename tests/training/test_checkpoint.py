@@ -59,6 +59,7 @@ def test_optimizer_state_round_trips(make):
         weight.grad = torch.randn(4, 4)
         optimizer.step()
     tensors, facts = ckpt.pack_optimizer(optimizer.state_dict())
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}  # as files would hold them
     restored = ckpt.unpack_optimizer(tensors, json.loads(json.dumps(facts)))
     twin = torch.nn.Parameter(weight.detach().clone())
     other = make([twin], lr=0.3)

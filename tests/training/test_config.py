@@ -38,7 +38,12 @@ def test_bad_keys_are_named(training_file, changes, words):
 def test_overrides(training_file):
     file = load(training_file(), ["steps=9", "optimizer.betas=[0.8, 0.9]", "tiny.seed=5", "output=elsewhere"])
     stage = file.stages[0]
-    assert (stage.steps, stage.optimizer.betas, stage.seed, str(file.output)) == (9, (0.8, 0.9), 5, "elsewhere")
+    assert (stage.steps, stage.optimizer.betas, stage.seed, str(file.output)) == (
+        9,
+        (0.8, 0.9),
+        5,
+        "elsewhere",
+    )
 
 
 @pytest.mark.parametrize("override", ["steps", "=3", "tiny=3"])

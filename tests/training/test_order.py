@@ -43,7 +43,9 @@ def test_noise_does_not_depend_on_the_split():
 
 
 def test_noise_differs_by_step_and_seed():
-    draws = [BatchNoise(s, n, 4, torch.arange(4), torch.device("cpu")).normal(2) for s in (0, 1) for n in (0, 1)]
+    draws = [
+        BatchNoise(s, n, 4, torch.arange(4), torch.device("cpu")).normal(2) for s in (0, 1) for n in (0, 1)
+    ]
     assert len({tuple(d.flatten().tolist()) for d in draws}) == 4
     assert mix(1, 2) != mix(2, 1)
 

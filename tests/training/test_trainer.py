@@ -120,7 +120,9 @@ def test_overfits_a_tiny_batch(training_file, tmp_path):
     model = {"arch": "dit", "process": "flow", "pixels": 8,
              "model": {"patch_size": 2, "hidden_size": 64, "depth": 3, "num_heads": 4}}  # fmt: skip
     train(
-        training_file(steps=300, data=data, task_options=model, checkpoint_every=1000, schedule={"kind": "constant"})
+        training_file(
+            steps=300, data=data, task_options=model, checkpoint_every=1000, schedule={"kind": "constant"}
+        )
     )
     curve = [loss for _, loss in losses(tmp_path / "run")]
     assert sum(curve[-30:]) < 0.35 * sum(curve[:30])

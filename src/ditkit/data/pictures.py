@@ -39,9 +39,15 @@ class FolderDataset:
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder of pictures at {folder}")
         files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-        files = [f for f in files if split == "all" or is_held_out(str(f.relative_to(folder))) == (split == "heldout")]
+        files = [
+            f
+            for f in files
+            if split == "all" or is_held_out(str(f.relative_to(folder))) == (split == "heldout")
+        ]
         if not files:
-            raise FileNotFoundError(f"no pictures ({', '.join(SUFFIXES)}) of the {split} split under {folder}")
+            raise FileNotFoundError(
+                f"no pictures ({', '.join(SUFFIXES)}) of the {split} split under {folder}"
+            )
         self.captions = [_caption(file) for file in files]
         self.classes = [file.parent.name for file in files]
         bar = tqdm(files, desc="reading pictures", delay=2)
@@ -113,7 +119,8 @@ def _read(file: Path, size: int) -> np.ndarray:
         picture = image.convert("RGB")
     scale = size / min(picture.size)
     picture = picture.resize(
-        (max(size, round(picture.width * scale)), max(size, round(picture.height * scale))), Image.Resampling.LANCZOS
+        (max(size, round(picture.width * scale)), max(size, round(picture.height * scale))),
+        Image.Resampling.LANCZOS,
     )
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     return np.asarray(picture.crop((left, top, left + size, top + size)))

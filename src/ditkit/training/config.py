@@ -90,7 +90,9 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _divisible(self) -> RunConfig:
         if self.batch_size % self.accumulation:
-            raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulation={self.accumulation}")
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of accumulation={self.accumulation}"
+            )
         return self
 
 
@@ -160,13 +162,17 @@ def _override(raw: dict[str, Any], text: str) -> None:
         elif len(raw["stages"]) == 1:
             node = raw["stages"][0]
         else:
-            raise ConfigError(f"override {text!r}: begin with a stage name ({', '.join(map(str, named))}) or output")
+            raise ConfigError(
+                f"override {text!r}: begin with a stage name ({', '.join(map(str, named))}) or output"
+            )
     if not parts:
         raise ConfigError(f"override {text!r} names a stage, not a key in it")
     for part in parts[:-1]:
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
-                raise ConfigError(f"override {text!r}: {part!r} is not one of the {len(node)} stages' numbers")
+                raise ConfigError(
+                    f"override {text!r}: {part!r} is not one of the {len(node)} stages' numbers"
+                )
             node = node[int(part)]
         else:
             node = node.setdefault(part, {})

@@ -62,7 +62,9 @@ class AutoencoderTask(Task):
 
     def heldout_loss(self) -> dict[str, float]:
         images = self._images(open_pictures(self.run.data, "heldout"), slice(None))
-        error = sum(F.mse_loss(self._restore(part), part, reduction="sum").item() for part in images.split(64))
+        error = sum(
+            F.mse_loss(self._restore(part), part, reduction="sum").item() for part in images.split(64)
+        )
         mse = error / images.numel()
         return {"mse": mse, "psnr": 10 * math.log10(4 / mse)}  # pictures span [-1, 1]
 
