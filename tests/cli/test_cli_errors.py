@@ -137,3 +137,15 @@ def test_debug_shows_the_traceback(ditkit) -> None:
 
 def test_markup_in_a_message_is_text(ditkit) -> None:
     assert "'[bold]x[/]'" in one_line_error(ditkit("generate apple --with '[bold]x[/]'"))
+
+
+def test_a_pipeline_without_text(ditkit, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Labelled:
+        def __call__(self, class_labels): ...
+
+        def set_progress_bar_config(self, **_): ...
+
+    monkeypatch.setattr("ditkit.hub.load", lambda _: Labelled())
+    assert "--model any: Labelled takes no text prompt" in one_line_error(
+        ditkit("generate apple --model any")
+    )

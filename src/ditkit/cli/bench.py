@@ -118,7 +118,7 @@ def bench_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 def show(result: Any) -> None:
     """The table on the terminal, and what could not be measured."""
-    console.print(result.table())
+    console.print(result.table(console.width))
     for row in result.rows:
         for note in row.notes:
             notices.print(f"{row.label}: {note}", highlight=False, markup=False)

@@ -127,7 +127,9 @@ class Host:
         self.hooks.put(self.entry, "root", self._root)
         self.clock.attach()
         self.clock.on_schedule(self._stay)
-        for method in methods:
+        # A module whose output is replaced makes no attention call: what watches for one has to lie inside, and
+        # hooks put on first lie inside. The order in which methods are named must not matter.
+        for method in sorted(methods, key=lambda method: "attention" not in method.claims):
             method.attach(self)
 
     def remove(self) -> None:
