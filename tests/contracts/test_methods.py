@@ -173,7 +173,7 @@ def fresh(name: str, tiny: str, case: Case) -> Tensor:
 
 
 cases = st.tuples(
-    st.sampled_from([1, 2, 3, 5, 8, 12]), st.integers(1, 2), st.integers(0, 1), st.integers(0, 1), st.booleans()
+    st.sampled_from([1, 2, 4, 6, 9]), st.integers(1, 2), st.integers(0, 1), st.integers(0, 1), st.booleans()
 )
 # Which of two pipelines, what it makes, where it is given up, and what the other one makes in between and when.
 generations = st.tuples(
@@ -187,8 +187,8 @@ class _Abort(Exception):
 
 @every_method
 @settings(max_examples=100, deadline=None)
-@example(sequence=[(0, (60, 1, 0, 0, True), 30, None), (0, (60, 1, 1, 0, True), None, (5, (60, 2, 0, 1, False)))])
-@given(sequence=st.lists(generations, min_size=2, max_size=4))
+@example(sequence=[(0, (60, 1, 0, 0, True), 30, None), (0, (60, 1, 1, 0, True), None, (5, (40, 2, 0, 1, False)))])
+@given(sequence=st.lists(generations, min_size=2, max_size=3))
 def test_any_sequence_of_generations_is_as_if_fresh(entry: Entry, sequence: list[Any]) -> None:
     names = [name for name in ("DiT", "FluxTransformer2DModel") if accepts(entry, TINY[name])]
     pipes = {name: Pipe(_model(name), TINY[name]) for name in names}
@@ -274,7 +274,8 @@ def test_bytes_cached_are_those_allocated(entry: Entry, tiny: Tiny) -> None:
             pipe(steps=9, batch=2, guidance=True, before=look)
         sizes.append(most)
     growth = max(after - before for before, after in zip(*sizes, strict=True))
-    assert run.report().bytes_cached == pytest.approx(growth, rel=0.02, abs=512)
+    # Beside what is cached of features, a plan for this shape may be kept: some index tables.
+    assert run.report().bytes_cached == pytest.approx(growth, rel=0.02, abs=2048)
 
 
 @every_method

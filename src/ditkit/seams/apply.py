@@ -89,7 +89,7 @@ class Host:
         self._removers: list[Callable[[], None]] = []
         self._notes: list[Callable[[], list[str]]] = []
         self._layout: tuple[Hashable, TokenLayout] | None = None
-        self._root = _Root(self._run)
+        self._root = _Root(self.around)
         self.blocks = BlockSeam(self)
         self.tokens = TokenSeam(self)
 
@@ -155,8 +155,8 @@ class Host:
     @torch.compiler.disable(
         recursive=False, reason="compile first, then apply: ditkit.apply(torch.compile(model), ...)"
     )
-    def _run(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One forward of the model."""
+    def around(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one forward of the model: tell the seams that it starts and ends, and count it."""
         if self.running:
             return forward(*args, **kwargs)
         arguments = dict(self._signature.bind_partial(self.model, *args, **kwargs).arguments)
