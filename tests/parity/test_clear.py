@@ -1,4 +1,4 @@
-"""Local-window attention against CLEAR's authors' code: masks, the whole model, every attention module's output."""
+"""Local-window attention against CLEAR's authors' code: masks, the whole model, every attention module."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def method(case: dict[str, Any], tensors: dict[str, Tensor], **changes: Any) -> LocalWindow:
-    weights = {key: value for key, value in part(tensors, "weights").items() if key.endswith("spatial_weight")}
+    weights = {
+        key: value for key, value in part(tensors, "weights").items() if key.endswith("spatial_weight")
+    }
     options = {
         "radius": case["window_size"],
         "down_factor": case.get("down_factor", 1),
@@ -87,7 +89,9 @@ def test_mask(path: Path):
     expected = tensors["outputs.mask"].bool()
     plan = options.strategy().plan(layout(case), 1, torch.device("cpu"))
     assert torch.equal(plan.allowed, expected)
-    assert options.pairs(case["height_tokens"], case["width_tokens"], case["text_length"]) == int(expected.sum())
+    assert options.pairs(case["height_tokens"], case["width_tokens"], case["text_length"]) == int(
+        expected.sum()
+    )
 
 
 @pytest.mark.parametrize("executor", ["auto", "dense", "gather"])
@@ -106,7 +110,8 @@ def test_model(path: Path, executor: str):
 
 @pytest.mark.parametrize("path", FILES)
 def test_full_attention(path: Path):
-    """A window over everything is full attention. Where the case has options for high resolution, the files leave
+    """A window over everything is full attention. Where the case has options for high resolution, the files
+    leave
     open whether full attention was run with them: it must be one of the two."""
     case, tensors = load(path)
     model = network(case, tensors)
@@ -115,7 +120,9 @@ def test_full_attention(path: Path):
     found = [plain]
     for name in ("proportional_attention", "ntk_factor"):
         if case.get(name) not in (None, False, 1):
-            with ditkit.apply(model, method(case, tensors, radius=math.inf, down_factor=1, spatial_weight=None)):
+            with ditkit.apply(
+                model, method(case, tensors, radius=math.inf, down_factor=1, spatial_weight=None)
+            ):
                 found.append(outputs(model, tensors)[0])
     assert min(float((sample - expected).abs().max()) for sample in found) <= TOLERANCE
     with ditkit.apply(model, LocalWindow(radius=math.inf)):

@@ -1,4 +1,4 @@
-"""The attention seam on every class: who is served, what a strategy is told, and that nothing stays behind."""
+"""The attention seam on every class: who is served, what a strategy is told, what stays behind: nothing."""
 
 from __future__ import annotations
 
@@ -83,7 +83,9 @@ class Reference(Dense):
     """Another way to compute the same: every call through the masked reference."""
 
     def attend(self, q, k, v, mask, scale, call, plan):
-        return masked_dense(q, k, v, torch.ones(q.shape[2], k.shape[2], dtype=torch.bool) if mask is None else mask)
+        return masked_dense(
+            q, k, v, torch.ones(q.shape[2], k.shape[2], dtype=torch.bool) if mask is None else mask
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +134,7 @@ def test_only_calls_over_the_grid_reach_the_strategy(name: str, monkeypatch: pyt
     served: list[AttentionCall] = []
     with ditkit.apply(model, Use(Spy(lambda q, k, v, mask, call: served.append(call))), count_flops=False):
         spied = run(name, model, batch=2)
-    assert sorted(original) == sorted(dense)       # Spy calls the original once for each call it got
+    assert sorted(original) == sorted(dense)  # Spy calls the original once for each call it got
     assert len(served) == sum(CALLS[name][:2])
     assert [call.layer for call in served] == list(range(len(served)))
     original.clear()
@@ -143,7 +145,9 @@ def test_only_calls_over_the_grid_reach_the_strategy(name: str, monkeypatch: pyt
     monkeypatch.undo()
 
 
-def _latent_index(name: str, arguments: dict[str, Any], token: tuple[int, int, int], grid: tuple[int, ...]) -> tuple:
+def _latent_index(
+    name: str, arguments: dict[str, Any], token: tuple[int, int, int], grid: tuple[int, ...]
+) -> tuple:
     """Where in the sample one value of a token lies."""
     f, y, x = token
     sample = arguments["hidden_states"]
@@ -157,7 +161,7 @@ def _latent_index(name: str, arguments: dict[str, Any], token: tuple[int, int, i
 @pytest.mark.parametrize("size", [0, 1])
 @pytest.mark.parametrize("name", TINY)
 def test_layout_is_where_the_tokens_are(name: str, size: int):
-    """A changed value of one latent moves the key of that token alone, and changed text moves text keys alone."""
+    """A changed value of one latent moves the key of that token alone, changed text text keys alone."""
     model, keys, layouts = TINY[name].model(), [], []
 
     def look(q, k, v, mask, call):
@@ -191,7 +195,9 @@ def test_layout_is_where_the_tokens_are(name: str, size: int):
 def test_image_only_attention_of_a_joint_model_has_no_text():
     name = "SD3Transformer2DModel"
     seen: dict[str, Any] = {}
-    with ditkit.apply(TINY[name].model(), Use(Spy(lambda q, k, v, m, call: seen.update({call.name: call.layout})))) as r:
+    with ditkit.apply(
+        TINY[name].model(), Use(Spy(lambda q, k, v, m, call: seen.update({call.name: call.layout})))
+    ) as r:
         run(name, r.hosts[0].model)
     assert seen["transformer_blocks.0.attn"].text == "suffix"
     assert seen["transformer_blocks.0.attn2"].text == "none"
@@ -204,7 +210,7 @@ def test_padded_text_reaches_the_strategy_as_a_mask():
     with ditkit.apply(TINY[name].model(), Use(Spy(lambda q, k, v, mask, call: masks.append(mask)))) as r:
         run(name, r.hosts[0].model, batch=2)
     valid = masks[0][:, 0, 0].sum(-1) if masks[0].dtype == torch.bool else (masks[0][:, 0, 0] == 0).sum(-1)
-    assert (valid[1] - valid[0]).item() == 2       # the tiny inputs' first prompt has two tokens less
+    assert (valid[1] - valid[0]).item() == 2  # the tiny inputs' first prompt has two tokens less
 
 
 @pytest.mark.parametrize("layer", range(4))
@@ -246,8 +252,8 @@ def test_state_is_kept_by_layer_and_branch_and_dropped_at_a_new_generation():
         seen.append((call.layer, call.step.branch, call.step.index, call.state["calls"]))
 
     with ditkit.apply(TINY[name].model(), Use(Spy(look)), count_flops=False) as r:
-        for noise in (0.9, 0.5, 0.9):              # the rise of the timestep is a new generation
-            for seed in (0, 1):                    # two guidance branches: same latents, other text
+        for noise in (0.9, 0.5, 0.9):  # the rise of the timestep is a new generation
+            for seed in (0, 1):  # two guidance branches: same latents, other text
                 arguments = TINY[name].inputs(noise=noise)
                 other = TINY[name].inputs(noise=noise, seed=seed)["encoder_hidden_states"]
                 with torch.no_grad():
@@ -257,9 +263,11 @@ def test_state_is_kept_by_layer_and_branch_and_dropped_at_a_new_generation():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "HunyuanVideoTransformer3DModel", "WanTransformer3DModel"])
+@pytest.mark.parametrize(
+    "name", ["FluxTransformer2DModel", "HunyuanVideoTransformer3DModel", "WanTransformer3DModel"]
+)
 def test_gradient_checkpointing(name: str, reentrant: bool):
-    """Blocks that run again in the backward pass are sparse too: equal gradients, not those of dense attention."""
+    """Blocks that run again in the backward pass are sparse too: equal gradients, not the dense ones."""
 
     def gradients(checkpoint: bool, radius: float) -> list[Tensor]:
         model = TINY[name].model().train().requires_grad_(True)
@@ -348,7 +356,10 @@ def test_processor_without_the_function_is_an_error():
     name = "PixArtTransformer2DModel"
     model = TINY[name].model()
     model.transformer_blocks[1].attn1.set_processor(AttnProcessor())
-    with ditkit.apply(model, Use(Dense())), pytest.raises(SeamError, match=r"transformer_blocks\.1\.attn1 \(AttnProc"):
+    with (
+        ditkit.apply(model, Use(Dense())),
+        pytest.raises(SeamError, match=r"transformer_blocks\.1\.attn1 \(AttnProc"),
+    ):
         run(name, model)
 
 

@@ -1,4 +1,4 @@
-"""Executors against the masked dense reference, for every place of the text, ragged lists and padded prompts."""
+"""Executors against the masked dense reference: every place of the text, ragged lists, padded prompts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def random_qkv(layout: TokenLayout, batch: int = 2, heads: int = 3, channels: in
 def random_lists(shape: tuple[int, int], tiles: int, *, ragged: bool) -> BlockLists:
     if ragged:
         allowed = torch.rand(*shape, tiles, tiles) < 0.4
-        allowed[..., 0, :] = False                 # a query tile with an empty list
+        allowed[..., 0, :] = False  # a query tile with an empty list
         return BlockLists.from_map(allowed)
     return BlockLists(torch.rand(*shape, tiles, tiles).argsort(-1)[..., : max(1, tiles // 3)])
 
@@ -58,7 +58,9 @@ def seed():
 @pytest.mark.parametrize("keys", ["none", "bool", "float"])
 @pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3), (2, 1), (2, 3)])
-@pytest.mark.parametrize("grid, tile", [((2, 8, 12), (1, 4, 4)), ((2, 9, 7), (1, 4, 4)), ((3, 5, 4), (2, 2, 3))])
+@pytest.mark.parametrize(
+    "grid, tile", [((2, 8, 12), (1, 4, 4)), ((2, 9, 7), (1, 4, 4)), ((3, 5, 4), (2, 2, 3))]
+)
 @pytest.mark.parametrize("text", TEXTS)
 def test_gather_equals_masked_dense(text, grid, tile, shape, ragged, keys):
     layout = TokenLayout(grid, text[1], text[0])
@@ -110,7 +112,9 @@ def test_flex_blocks_equal_masked_dense(text):
     q, k, v = random_qkv(layout)
     for ragged in (False, True):
         lists = random_lists((1, 1), len(tiling.order), ragged=ragged)
-        found = executors.flex_blocks(q, k, v, executors.plan_blocks(lists, tiling, layout), layout, scale=0.3)
+        found = executors.flex_blocks(
+            q, k, v, executors.plan_blocks(lists, tiling, layout), layout, scale=0.3
+        )
         expected = reference(q, k, v, lists, tiling, layout, None, 0.3)
         torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
 
@@ -123,7 +127,7 @@ def test_flex_table_equals_masked_dense(text):
     N, T, E = layout.image_length, layout.joint_text_length, 5
     tiling = tile_grid(layout.grid, (1, 8, 8))
     allowed = torch.rand(N, N + E) < 0.3
-    allowed[:, :64] = True                         # whole blocks, partial ones and empty ones
+    allowed[:, :64] = True  # whole blocks, partial ones and empty ones
     allowed[:64, 128:] = False
     q, k, v = random_qkv(layout)
     extra = tuple(torch.randn(2, 3, E, 16) for _ in range(2))
@@ -131,11 +135,13 @@ def test_flex_table_equals_masked_dense(text):
     mask[layout.image_span, layout.image_span] = allowed[:, :N]
     mask[layout.image_span, layout.length :] = allowed[:, N:]
     mask[layout.text_span, layout.length :] = False
-    expected = executors.masked_dense(q, *(torch.cat([x, e], 2) for x, e in zip((k, v), extra, strict=True)), mask)
+    expected = executors.masked_dense(
+        q, *(torch.cat([x, e], 2) for x, e in zip((k, v), extra, strict=True)), mask
+    )
     plan = executors.plan_table(allowed, tiling, layout)
     found = executors.flex_table(q, k, v, plan, layout, extra=extra)
     torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
-    assert T == layout.length - N
+    assert layout.length - N == T
 
 
 def test_flex_refuses_tiles_that_stick_out():
@@ -165,7 +171,9 @@ def test_tiling_is_a_partition(grid, tile):
     for line, good in zip(tiling.order, valid, strict=True):
         line = line[good]
         places = torch.stack([line // (grid[1] * grid[2]), line // grid[2] % grid[1], line % grid[2]])
-        assert ((places // torch.tensor(tile)[:, None]) == (places // torch.tensor(tile)[:, None])[:, :1]).all()
+        assert (
+            (places // torch.tensor(tile)[:, None]) == (places // torch.tensor(tile)[:, None])[:, :1]
+        ).all()
 
 
 def test_tile_order_is_rows_of_tiles_of_rows():
@@ -253,6 +261,27 @@ def test_choice(length, share, options, name, word):
     choice = executors.choose(length, share, **given_options)
     assert choice.name == name
     assert word in choice.reason
+
+
+@pytest.mark.parametrize("executor", ["auto", "dense", "gather"])
+@pytest.mark.parametrize("kind", ["none", "keys", "rows"])
+def test_block_plan(executor, kind):
+    """One plan, every executor: also under a mask of padded keys, and one with a row for each query."""
+    layout = TokenLayout((1, 40, 32), 37, "prefix")
+    tiling = tile_grid(layout.grid, (1, 8, 16))
+    lists = random_lists((1, 3), len(tiling.order), ragged=True)
+    q, k, v = random_qkv(layout)
+    mask = {
+        "none": lambda: None,
+        "keys": lambda: padded_text(layout, "bool")[:, None, None],
+        "rows": lambda: torch.rand(1, 1, layout.length, layout.length) < 0.9,
+    }[kind]()
+    plan = executors.BlockPlan(lists, tiling, layout, executor)
+    choice = plan.choose(q, k, v, mask)
+    assert choice.name == ("dense" if kind == "rows" or executor == "dense" else "gather")
+    expected = executors.masked_dense(q, k, v, executors.combine(plan.mask, mask))
+    torch.testing.assert_close(plan.attend(q, k, v, mask), expected, atol=TOLERANCE, rtol=TOLERANCE)
+    assert plan.share == pytest.approx(plan.mask.double().mean().item())
 
 
 def test_choice_without_a_compiler(monkeypatch: pytest.MonkeyPatch):

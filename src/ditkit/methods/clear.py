@@ -1,18 +1,18 @@
-"""CLEAR: each image token attends to a disc around itself and to all text (Liu, Tan, Wang; arXiv 2412.16112, 2024).
+"""CLEAR: each image token attends to a disc around itself and to all text (Liu, Tan, Wang; arXiv 2412.16112).
 
-In a joint sequence of text and an H x W grid of image tokens, an image query reads every text token and the image
-tokens at (dy, dx) with dy^2 + dx^2 < r^2; a text query reads everything (section 3.2). With a down factor d, image
-queries also read (H/d)(W/d) keys and values pooled over cells of d x d tokens with one learned weight for each place in
-the cell; text queries do not. At resolutions beyond the training size the scale is
-sqrt(log_4608(keys) / c) ("proportional attention") and the rotary base is multiplied by an NTK factor.
-Here it is used without training; the authors' distilled weights load into the model by name, `spatial_weight` through
-the option of that name.
+In a joint sequence of text and an H x W grid of image tokens, an image query reads every text token and the
+image tokens at (dy, dx) with dy^2 + dx^2 < r^2; a text query reads everything (section 3.2). With a down
+factor d, image queries also read (H/d)(W/d) keys and values pooled over cells of d x d tokens with one
+learned weight for each place in the cell; text queries do not. At resolutions beyond the training size the
+scale is sqrt(log_4608(keys) / c) ("proportional attention") and the rotary base is multiplied by an NTK
+factor. Here it is used without training; the authors' distilled weights load into the model by name,
+`spatial_weight` through the option of that name.
 
-Beyond the paper: text may be a suffix, in cross-attention, or absent; the real text length takes the place of the
-authors' constant 512; grids that d does not divide are continued at the border; on video the disc is read in every
-frame at most `frame_radius` away (default: all frames), which keeps the cost linear in the size of the frame.
+Beyond the paper: text may be a suffix, in cross-attention, or absent; the real text length takes the place of
+the authors' constant 512; grids that d does not divide are continued at the border; on video the disc is read
+in every frame at most `frame_radius` away (default: all frames), so that the cost stays linear in the frame.
 
-B batch, h heads, L tokens of the joint sequence, N = F H W image tokens, T text tokens, E pooled keys, c head dim.
+B batch, h heads, L tokens of the sequence, N = F H W image tokens, T text tokens, E pooled keys, c head dim.
 """
 
 from __future__ import annotations
@@ -40,15 +40,17 @@ if TYPE_CHECKING:
 _TRAINED_LENGTH = 64**2 + 512
 # The authors' constant for the down-sampled variant: its keys count as ten times as many.
 _POOLED_KEYS = 10
-# Query tile of the gather executor, (rows, columns): measured best of 8 x 8 to 16 x 16 on CPU.
-_TILE = (8, 16)
+# Query tile of the gather executor (frames, rows, columns): measured best of 4 x 8 to 16 x 32 on CPU.
+_TILE = (1, 8, 16)
 
 
 @register(
     "method",
     "local-window",
-    summary="image tokens attend to a disc around themselves and to all text: cost linear in the picture's area",
-    paper=Paper("CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up", "2412.16112", 2024),
+    summary="image tokens attend to a disc around themselves and to all text: cost linear in the area",
+    paper=Paper(
+        "CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up", "2412.16112", 2024
+    ),
     seam=("attention",),
     needs=("a token grid",),
     neutral={"radius": math.inf},
@@ -58,18 +60,18 @@ class LocalWindow:
     """Local-window attention with the masks of CLEAR.
 
     Args:
-        radius: r > 0 of the disc in tokens; the comparison is strict, so r = 1 is the token alone. From the grid's
-            diagonal on the result is that of dense attention, bit by bit.
+        radius: r > 0 of the disc in tokens; the comparison is strict, so r = 1 is the token alone. From the
+            grid's diagonal on the result is that of dense attention, bit by bit.
         down_factor: d >= 1; above 1, image queries also read keys and values pooled over d x d cells.
         proportional_attention: the scale for resolutions beyond the training size.
-        ntk_factor: multiplies the base of the rotary embedding, for the same purpose (authors: 10). Models with a
-            `pos_embed.theta` (Flux) only.
+        ntk_factor: multiplies the base of the rotary embedding, for the same purpose (authors: 10). Models
+            with a `pos_embed.theta` (Flux) only.
         frame_radius: on video, the disc is read in frames at most this far away, >= 0.
-        executor: how to run it; `"auto"` takes masked dense attention below about a thousand tokens or where most
-            pairs are read, otherwise gathered windows.
+        executor: how to run it; `"auto"` takes masked dense attention below about a thousand tokens or where
+            most pairs are read, otherwise gathered windows.
         spatial_weight: the pooling weights for each attention module, as a mapping of the authors' key names
-            (`transformer_blocks.0.attn.processor.spatial_weight`) to tensors of d x d elements, or the path of a
-            safetensors file that has them. None: 1 / d^2, the authors' initial value.
+            (`transformer_blocks.0.attn.processor.spatial_weight`) to tensors of d x d elements, or the path
+            of a safetensors file that has them. None: 1 / d^2, the authors' initial value.
 
     Raises:
         ValueError: an option out of its range.
@@ -102,7 +104,7 @@ class LocalWindow:
     # What it costs, without a model.
 
     def pairs(self, height: int, width: int, text_length: int = 512, frames: int = 1) -> int:
-        """Query-key pairs that are read, for a grid in tokens and joint text; counted without an L x L mask."""
+        """Query-key pairs that are read, for a grid in tokens and joint text; takes no L x L mask."""
         tokens = frames * height * width
         near = _within(frames, math.floor(min(self.frame_radius, frames)))
         near *= _disc_pairs(height, width, self.radius)
@@ -117,13 +119,13 @@ class LocalWindow:
     def flops(
         self, height: int, width: int, text_length: int = 512, channels: int = 3072, frames: int = 1
     ) -> int:
-        """FLOPs of one layer's attention, 4 pairs C (the paper's table): grid in tokens, C channels of all heads."""
+        """FLOPs of one layer's attention as the paper counts them, 4 pairs C: grid in tokens, C channels."""
         return 4 * channels * self.pairs(height, width, text_length, frames)
 
     # On a model.
 
     def strategy(self, weights: Mapping[str, Tensor] | None = None) -> _Window:
-        """What acts at the attention seam, with pooling weights (d, d) by the name of the attention module."""
+        """What acts at the seam, with pooling weights (d, d) by the name of the attention module."""
         return _Window(self, dict(weights or {}))
 
     def attach(self, host: Host) -> None:
@@ -148,14 +150,16 @@ class LocalWindow:
         missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
         if missing or unknown:
             raise SeamError(
-                f"spatial_weight does not fit this model: missing for {missing or 'none'}, unknown {unknown or 'none'}; "
+                f"spatial_weight does not fit this model: missing for {missing or 'none'}, "
+                f"unknown {unknown or 'none'}; "
                 f"keys must be <attention module>{tail}"
             )
         d = self.down_factor
         for name, weight in found.items():
             if weight.numel() != d * d:
                 raise SeamError(
-                    f"spatial_weight of {name} has shape {tuple(weight.shape)}; down_factor={d} needs {d * d} elements"
+                    f"spatial_weight of {name} has shape {tuple(weight.shape)}; "
+                    f"down_factor={d} needs {d * d} elements"
                 )
         return {name: weight.reshape(d, d) for name, weight in found.items()}
 
@@ -193,7 +197,7 @@ def _disc_pairs(height: int, width: int, radius: float) -> int:
         rest = radius**2 - dy**2
         if rest <= 0:
             break
-        reach = width if math.isinf(rest) else math.ceil(math.sqrt(rest)) - 1       # largest dx with dx^2 < rest
+        reach = width if math.isinf(rest) else math.ceil(math.sqrt(rest)) - 1  # largest dx with dx^2 < rest
         total += (1 if dy == 0 else 2) * (height - dy) * _within(width, reach)
     return total
 
@@ -228,17 +232,22 @@ class _Plan:
     @functools.cached_property
     def disc(self) -> Tensor:
         """(N, N) bool."""
-        f, y, x = _coordinates(self.layout.grid, torch.arange(self.layout.image_length, device=self.device))
+        f, y, x = executors.places(
+            self.layout.grid, torch.arange(self.layout.image_length, device=self.device)
+        )
         return self.window.near(f[:, None] - f, y[:, None] - y, x[:, None] - x)
 
     @functools.cached_property
     def windows(self) -> executors.Windows:
-        return self.window.windows(self.layout, self.device)
+        window, grid = self.window, self.layout.grid
+        return executors.neighbourhoods(grid, _TILE, window.reach(self.layout), window.near, self.device)
 
     @functools.cached_property
     def table(self) -> executors.FlexTable:
-        tiling = executors.tile_grid(self.layout.grid, (1, *_TILE), self.device)
-        always = torch.ones(len(self.disc), self.window.cells(self.layout), dtype=torch.bool, device=self.device)
+        tiling = executors.tile_grid(self.layout.grid, _TILE, self.device)
+        always = torch.ones(
+            len(self.disc), self.window.cells(self.layout), dtype=torch.bool, device=self.device
+        )
         return executors.plan_table(torch.cat([self.disc, always], dim=1), tiling, self.layout)
 
 
@@ -277,21 +286,36 @@ class _Window:
             return executors.Choice(name, "as asked for")
         if layout.length < executors.DENSE_BELOW:
             return executors.Choice("dense", f"{layout.length} tokens are too few for gathering to pay")
-        gathered = math.prod(self._box(layout)) + layout.joint_text_length
+        sides = zip(layout.grid, _TILE, self.reach(layout), strict=True)
+        box = math.prod(min(size, step + 2 * far) for size, step, far in sides)
+        gathered = box + layout.joint_text_length + self.cells(layout)
         if gathered / layout.length > executors.DENSE_ABOVE:
             return executors.Choice("dense", f"a tile would gather {gathered} of {layout.length} keys")
         return executors.Choice("gather", f"a tile gathers {gathered} of {layout.length} keys")
 
     def _words(self, layout: TokenLayout, plan: _Plan) -> str:
         f, height, width = layout.grid
-        where = f"local window on {f} x {height} x {width} tokens" if f > 1 else f"local window on {height} x {width} tokens"
+        where = (
+            f"local window on {f} x {height} x {width} tokens"
+            if f > 1
+            else f"local window on {height} x {width} tokens"
+        )
         if plan.everything:
-            return f"{where}: radius {self.options.radius:g} covers the whole grid, attention is dense and nothing is saved"
-        text = f"{where}: {plan.share:.1%} of the pairs are read; runs {plan.choice.name} ({plan.choice.reason})"
+            return f"{where}: radius {self.options.radius:g} covers the grid: dense, nothing is saved"
+        text = (
+            f"{where}: {plan.share:.1%} of the pairs are read; runs {plan.choice.name} ({plan.choice.reason})"
+        )
         return f"{text}; slower than plain attention" if plan.choice.name == "dense" else text
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, call: AttentionCall, plan: _Plan
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        call: AttentionCall,
+        plan: _Plan,
     ) -> Tensor:
         """Attention of one module, (B, h, L, c) -> (B, h, L, c)."""
         layout = plan.layout
@@ -305,10 +329,11 @@ class _Window:
         if pooled:
             extra = self.pool(k, layout, call.name), self.pool(v, layout, call.name)
         name = plan.choice.name
-        try:
+        keys = None
+        if mask is not None and executors.is_key_mask(mask, q.shape[0], layout.length):
             keys = executors.key_mask(mask, q.shape[0], layout.length)
-        except ValueError:
-            keys, name = None, "dense"                 # a mask with its own row for each query
+        elif mask is not None:  # it has a row for each query
+            name = "dense"
         if name == "flex" and (keys is not None or (q.device.type == "cpu" and _needs_gradient(q, k, v))):
             name = "gather"
         if name == "dense":
@@ -318,7 +343,9 @@ class _Window:
                 mask = F.pad(mask, (0, k.shape[2] - layout.length), value=float(mask.dtype == torch.bool))
             return executors.masked_dense(q, k, v, executors.combine(plan.allowed, mask), scale)
         if name == "gather":
-            return executors.gather_windows(q, k, v, plan.windows, layout, extra=extra, keys=keys, scale=scale)
+            return executors.gather_windows(
+                q, k, v, plan.windows, layout, extra=extra, keys=keys, scale=scale
+            )
         return executors.flex_table(q, k, v, plan.table, layout, extra=extra, scale=scale)
 
     def scale(self, keys: int, channels: int) -> float:
@@ -334,14 +361,14 @@ class _Window:
     def pool(self, x: Tensor, layout: TokenLayout, name: str) -> Tensor:
         """Weighted sums over d x d cells of the image tokens, (B, h, L, c) -> (B, h, E, c)."""
         d, (frames, height, width) = self.options.down_factor, layout.grid
-        x = x[:, :, layout.image_span].unflatten(2, (frames, height, width))   # (B, h, F, H, W, c)
+        x = x[:, :, layout.image_span].unflatten(2, (frames, height, width))  # (B, h, F, H, W, c)
         rows = torch.arange(_cells(height, d) * d, device=x.device).clamp(max=height - 1)
         columns = torch.arange(_cells(width, d) * d, device=x.device).clamp(max=width - 1)
         if len(rows) > height:
             x = x.index_select(3, rows)
         if len(columns) > width:
             x = x.index_select(4, columns)
-        x = x.unflatten(4, (-1, d)).unflatten(3, (-1, d))                      # (B, h, F, H/d, d, W/d, d, c)
+        x = x.unflatten(4, (-1, d)).unflatten(3, (-1, d))  # (B, h, F, H/d, d, W/d, d, c)
         if self.weights:
             weight = self.weights[name].to(x.device, x.dtype)
         else:
@@ -352,42 +379,11 @@ class _Window:
         """May a query read a key at this distance?"""
         return (rows**2 + columns**2 < self.options.radius**2) & (frames.abs() <= self.options.frame_radius)
 
-    def _box(self, layout: TokenLayout) -> tuple[int, int, int]:
-        """Frames, rows and columns of the box of keys that holds all windows of a query tile."""
+    def reach(self, layout: TokenLayout) -> tuple[int, int, int]:
+        """How far the windows go along frames, height and width."""
         frames, height, width = layout.grid
-        reach = math.ceil(min(self.options.radius, height + width)) - 1
-        depth = 2 * math.floor(min(self.options.frame_radius, frames)) + 1
-        return min(frames, depth), min(height, _TILE[0] + 2 * reach), min(width, _TILE[1] + 2 * reach)
-
-    def windows(self, layout: TokenLayout, device: torch.device) -> executors.Windows:
-        """Query tiles of 8 x 16 tokens in a frame, each with one box of keys, moved inside the grid at its borders."""
-        grid, box = layout.grid, self._box(layout)
-        tiling = executors.tile_grid(grid, (1, *_TILE))
-        first = _coordinates(grid, tiling.order[:, 0])                         # 3 x (n,)
-        tile = (1, *_TILE)
-        start = [
-            (at - (size - step) // 2).clamp(0, whole - size)
-            for at, size, step, whole in zip(first, box, tile, grid, strict=True)
-        ]
-        inside = torch.stack(torch.meshgrid(*(torch.arange(size) for size in box), indexing="ij")).flatten(1)   # (3, K)
-        f, y, x = (at[:, None] + offset for at, offset in zip(start, inside, strict=True))
-        keys = (f * grid[1] + y) * grid[2] + x                                 # (n, K)
-        # Tiles that lie the same way in their boxes, with the same queries, have equal masks.
-        places = torch.stack(_coordinates(grid, tiling.order))                 # (3, n, t)
-        places = places - torch.stack(start)[..., None]                        # relative to the box
-        same = places.movedim(0, 1).flatten(1)                                 # (n, 3 t)
-        distinct, kind = torch.unique(same, dim=0, return_inverse=True)
-        distance = distinct.view(len(distinct), 3, -1, 1) - inside[:, None]    # (M, 3, t, K)
-        masks = self.near(*distance.unbind(1))
-        return executors.Windows(
-            executors.tile_grid(grid, tile, device), keys.to(device), kind.to(device), masks.to(device)
-        )
-
-
-def _coordinates(grid: tuple[int, int, int], tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Raster numbers -> frame, row, column."""
-    _, height, width = grid
-    return tokens // (height * width), tokens // width % height, tokens % width
+        beside = math.ceil(min(self.options.radius, height + width)) - 1
+        return math.floor(min(self.options.frame_radius, frames)), beside, beside
 
 
 def _needs_gradient(*tensors: Tensor) -> bool:

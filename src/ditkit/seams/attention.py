@@ -1,13 +1,14 @@
 """The attention seam: a strategy in place of softmax(Q K^T) V, for every model class alike.
 
-Every attention of the known classes ends in `torch.nn.functional.scaled_dot_product_attention`, with q, k and v
-after normalisation and rotary embedding. While a strategy is applied to any model, that function is replaced by a
-dispatcher. A hook on each attention module tells the dispatcher whose call it is; calls from elsewhere, from
-cross-attention and from text encoders go to the original function. This keeps `torch.compile` at one graph
-and holds when gradient checkpointing runs a block again during the backward pass.
+Every attention of the known classes ends in `torch.nn.functional.scaled_dot_product_attention`, with q, k
+and v after normalisation and rotary embedding. While a strategy is applied to any model, that function is
+replaced by a dispatcher. A hook on each attention module tells the dispatcher whose call it is; calls from
+elsewhere, from cross-attention and from text encoders go to the original function. This keeps
+`torch.compile` at one graph and holds when gradient checkpointing runs a block again during the backward
+pass.
 
-One strategy acts on a model at a time. What other methods do to q, k and v (quantising them, merging keys and values)
-belongs before the strategy, in that order: tokens are merged in full precision's layout, masks see what is left.
+One strategy acts on a model at a time. Its place is last: what other methods do to q, k and v on their way
+(keys and values kept from an earlier step or merged, then quantised) belongs between the dispatcher and it.
 
 B batch, h heads, Lq queries, Lk keys, d head dim.
 """
@@ -51,7 +52,14 @@ class AttentionStrategy(Protocol):
         ...
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, call: AttentionCall, plan: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        call: AttentionCall,
+        plan: Any,
     ) -> Tensor:
         """Attention of one module.
 
@@ -73,7 +81,14 @@ class Dense:
         return None
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, call: AttentionCall, plan: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        call: AttentionCall,
+        plan: Any,
     ) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
@@ -83,9 +98,11 @@ class AttentionCall:
     """Whose call it is: one object for each attention module, the changing parts read when asked for.
 
     Args:
-        layer: 0, 1, ... over the attention modules that a strategy serves, in running order; -1 for cross-attention.
+        layer: 0, 1, ... over the attention modules that a strategy serves, in running order; -1 for
+            cross-attention.
         name: path of the module in the model.
-        kind: `"joint"`: text and image in one sequence; `"self"`: image tokens only; `"cross"`: image reads text.
+        kind: `"joint"`: text and image in one sequence; `"self"`: image tokens only; `"cross"`: image reads
+            text.
     """
 
     layer: int
@@ -136,7 +153,9 @@ class _Layout(threading.local):
 _current = _Current()
 _lock = threading.Lock()
 _seams: list[AttentionSeam] = []
-_replaced: list[tuple[Callable[..., Tensor], Callable[..., Tensor]]] = []   # (original, dispatcher) while installed
+_replaced: list[
+    tuple[Callable[..., Tensor], Callable[..., Tensor]]
+] = []  # (original, dispatcher) while installed
 
 
 def _dispatcher(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -154,7 +173,13 @@ def _dispatcher(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         layout = None if call is None else call.seam.match(call, query, key)
         if call is None or layout is None:
             return original(
-                query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
+                query,
+                key,
+                value,
+                attn_mask=attn_mask,
+                dropout_p=dropout_p,
+                is_causal=is_causal,
+                scale=scale,
                 enable_gqa=enable_gqa,
             )
         if dropout_p or is_causal or enable_gqa:
@@ -162,7 +187,7 @@ def _dispatcher(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 f"{call.name}: attention with dropout, a causal mask or grouped heads can't be replaced "
                 f"(dropout_p={dropout_p}, is_causal={is_causal}, enable_gqa={enable_gqa})"
             )
-        _current.call = None                       # what the strategy itself calls is the original
+        _current.call = None  # what the strategy itself calls is the original
         try:
             return call.seam.attend(query, key, value, attn_mask, scale, call, layout)
         finally:
@@ -185,7 +210,8 @@ def _uninstall(seam: AttentionSeam) -> None:
         _seams.remove(seam)
         if not _seams:
             original, ours = _replaced.pop()
-            # Someone who wrapped our dispatcher meanwhile keeps the wrapper: without a call it is the original.
+            # Someone who wrapped our dispatcher meanwhile keeps the wrapper: without a call it is the
+            # original.
             if F.scaled_dot_product_attention is ours:
                 F.scaled_dot_product_attention = original
 
@@ -197,7 +223,7 @@ class AttentionSeam:
         self.host = host
         self.strategy: AttentionStrategy | None = None
         self.states: dict[Any, dict[Any, Any]] = {}
-        self.counts: Counter[str] = Counter()      # calls: self, joint, cross, other; eager runs only
+        self.counts: Counter[str] = Counter()  # calls: self, joint, cross, other; eager runs only
         self._kinds: set[tuple[Kind, int]] = set()
         self._running = _Layout()
         self._recent: dict[Any, TokenLayout] = {}  # by length, for blocks that run again in the backward pass
@@ -262,7 +288,7 @@ class AttentionSeam:
         self._running.value = None
 
     def match(self, call: AttentionCall, query: Tensor, key: Tensor) -> TokenLayout | None:
-        """The layout of a call over the whole sequence; None for cross-attention and what a processor adds."""
+        """The layout of a call over the whole sequence; None for cross-attention and additions."""
         if call.kind == "cross":
             self._count("cross")
             return None
@@ -277,7 +303,13 @@ class AttentionSeam:
         return layout
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, call: AttentionCall,
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        call: AttentionCall,
         layout: TokenLayout,
     ) -> Tensor:
         assert self.strategy is not None
@@ -322,7 +354,9 @@ class AttentionSeam:
                 if module is None:
                     continue
                 own = attention.kind != "cross"
-                calls.append((AttentionCall(layer if own else -1, names[module], attention.kind, self), module))
+                calls.append(
+                    (AttentionCall(layer if own else -1, names[module], attention.kind, self), module)
+                )
                 layer += own
         return calls
 
@@ -353,13 +387,14 @@ def _check_backend(call: AttentionCall, module: nn.Module) -> None:
     """Processors that do not end in scaled_dot_product_attention, or that split the sequence over devices."""
     processor = getattr(module, "processor", None)
     backend = getattr(processor, "_attention_backend", None)
-    if backend is not None and getattr(backend, "value", backend) != "native":
+    backend = getattr(backend, "value", backend)
+    if backend not in (None, "native"):
         raise SeamError(
-            f"{call.name} uses the attention backend {getattr(backend, 'value', backend)!r}, which a strategy can't "
-            "reach; call model.set_attention_backend('native') first"
+            f"{call.name} uses the attention backend {backend!r}, which a strategy can't reach; "
+            "call model.set_attention_backend('native') first"
         )
     if getattr(processor, "_parallel_config", None) is not None:
         raise SeamError(
-            f"{call.name} runs context-parallel: each device holds a part of the sequence, so the token grid is "
-            "not known to it; disable parallelism or the attention method"
+            f"{call.name} runs context-parallel: each device holds a part of the sequence, so the token grid "
+            "is not known to it; disable parallelism or the attention method"
         )

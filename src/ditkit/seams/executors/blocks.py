@@ -1,4 +1,4 @@
-"""What the block executors work on: tiles of the token grid, and lists of the key tiles each query tile reads.
+"""What the block executors work on: tiles of the token grid, and the key tiles each query tile reads.
 
 B batch, h heads, L tokens of the joint sequence, N image tokens, T text tokens, d head dim,
 n tiles, t tokens in a tile, Q query tiles, K key tiles kept for a query tile.
@@ -19,8 +19,8 @@ from ditkit.seams.layout import TokenLayout
 class Tiling:
     """A partition of the image tokens into boxes of equal size, as a permutation of the raster order.
 
-    Boxes that stick out of the grid are filled up with slots marked invalid; those repeat the number of a token
-    of the box, so that they can be gathered like the others.
+    Boxes that stick out of the grid are filled up with slots marked invalid; those repeat the number of a
+    token of the box, so that they can be gathered like the others.
 
     Args:
         grid: (F, H, W) of the tokens.
@@ -61,10 +61,12 @@ def tile_grid(
         ValueError: a tile that is not made of three positive whole numbers.
     """
     if len(tile) != 3 or any(not isinstance(size, int) or size < 1 for size in tile):
-        raise ValueError(f"tile must be three whole numbers of at least 1 (frames, height, width); got {tile}")
+        raise ValueError(
+            f"tile must be three whole numbers of at least 1 (frames, height, width); got {tile}"
+        )
     axes, inside = [], []
     for size, step in zip(grid, tile, strict=True):
-        slots = torch.arange(math.ceil(size / step) * step).view(-1, step)     # (boxes, step)
+        slots = torch.arange(math.ceil(size / step) * step).view(-1, step)  # (boxes, step)
         inside.append(slots < size)
         axes.append(slots.clamp(max=size - 1))
     # every combination of (box, slot) over the three axes -> (n, t)
@@ -77,9 +79,7 @@ def tile_grid(
     inverse = torch.empty(math.prod(grid), dtype=torch.long)
     inverse[order[good]] = torch.arange(order.numel()).view_as(order)[good]
     whole = bool(good.all())
-    return Tiling(
-        tuple(grid), tuple(tile), order.to(device), None if whole else good.to(device), inverse.to(device)
-    )
+    return Tiling(grid, tile, order.to(device), None if whole else good.to(device), inverse.to(device))
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,9 @@ class BlockLists:
 
     Args:
         index: (B or 1, h or 1, Q, K) int64 tile numbers; (h or 1, Q, K) and (Q, K) are taken too.
-        count: (B or 1, h or 1, Q) how many of the K are used (the first ones); None when all are. Known before
-            the call for a static mask; a list that depends on the data costs one synchronisation a call.
+        count: (B or 1, h or 1, Q) how many of the K are used (the first ones); None when all are. Known
+            before the call for a static mask; a list that depends on the data costs one synchronisation a
+            call.
     """
 
     index: Tensor
@@ -109,12 +110,16 @@ class BlockLists:
     def __post_init__(self) -> None:
         index, count = self.index, self.count
         if not 2 <= index.dim() <= 4:
-            raise ValueError(f"index must be (B, h, Q, K), (h, Q, K) or (Q, K); got shape {tuple(index.shape)}")
+            raise ValueError(
+                f"index must be (B, h, Q, K), (h, Q, K) or (Q, K); got shape {tuple(index.shape)}"
+            )
         index = index[(None,) * (4 - index.dim())]
         if count is not None:
             count = count[(None,) * (3 - count.dim())]
             if count.shape != index.shape[:3]:
-                raise ValueError(f"count has shape {tuple(count.shape)}, index {tuple(index.shape)}: not of a kind")
+                raise ValueError(
+                    f"count has shape {tuple(count.shape)}, index {tuple(index.shape)}: not of a kind"
+                )
         object.__setattr__(self, "index", index)
         object.__setattr__(self, "count", count)
         object.__setattr__(self, "rows", _group(index, count))
@@ -150,7 +155,9 @@ def _group(index: Tensor, count: Tensor | None) -> tuple[Rows, ...]:
 def density(lists: BlockLists, tiling: Tiling, layout: TokenLayout) -> float:
     """Share of the L x L pairs that are read: tiles, and text rows and columns in full."""
     n, t = tiling.order.shape
-    sizes = tiling.valid.sum(-1) if tiling.valid is not None else torch.full((n,), t, device=tiling.order.device)
+    sizes = (
+        tiling.valid.sum(-1) if tiling.valid is not None else torch.full((n,), t, device=tiling.order.device)
+    )
     sizes = sizes.double().cpu()
     pairs = torch.einsum("bhqk,q,k->bh", lists.allowed(n).double().cpu(), sizes, sizes).mean().item()
     image, text = layout.image_length, layout.joint_text_length
@@ -160,8 +167,8 @@ def density(lists: BlockLists, tiling: Tiling, layout: TokenLayout) -> float:
 def dense_mask(lists: BlockLists, tiling: Tiling, layout: TokenLayout) -> Tensor:
     """(B or 1, h or 1, L, L) bool: the lists as a full mask in the order of the sequence (the reference)."""
     n, t = tiling.order.shape
-    tile_of = tiling.inverse // t                                              # (N,)
-    image = lists.allowed(n)[:, :, tile_of][:, :, :, tile_of]                  # (B, h, N, N)
+    tile_of = tiling.inverse // t  # (N,)
+    image = lists.allowed(n)[:, :, tile_of][:, :, :, tile_of]  # (B, h, N, N)
     span = layout.image_span
     mask = torch.ones(*image.shape[:2], layout.length, layout.length, dtype=torch.bool, device=image.device)
     mask[:, :, span, span] = image

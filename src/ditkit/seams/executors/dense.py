@@ -10,20 +10,22 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as _sdpa
 
 
-def key_mask(mask: Tensor | None, batch: int, keys: int) -> Tensor | None:
-    """The mask of a call as a row of keys (B or 1, Lk), bool (True: may be read) or additive; None when there is
-    none.
+def is_key_mask(mask: Tensor, batch: int, keys: int) -> bool:
+    """Is the mask of a call one row of keys for each sample, the same for every query and head?"""
+    return mask.dim() == 4 and mask.shape[1:] == (1, 1, keys) and mask.shape[0] in (1, batch)
+
+
+def key_mask(mask: Tensor, batch: int, keys: int) -> Tensor:
+    """Such a mask as (B or 1, keys), bool (True: may be read) or additive.
 
     Raises:
-        ValueError: a mask that also depends on the query or the head, which is not a row of keys.
+        ValueError: a mask that also depends on the query or the head.
     """
-    if mask is None:
-        return None
-    if mask.dim() == 4 and mask.shape[1:] == (1, 1, keys) and mask.shape[0] in (1, batch):
-        return mask[:, 0, 0]
-    if mask.dim() == 2 and mask.shape == (batch, keys) and batch != keys:
-        return mask
-    raise ValueError(f"a mask of shape {tuple(mask.shape)} is not one row of {keys} keys for a batch of {batch}")
+    if not is_key_mask(mask, batch, keys):
+        raise ValueError(
+            f"a mask of shape {tuple(mask.shape)} is not one row of {keys} keys for a batch of {batch}"
+        )
+    return mask[:, 0, 0]
 
 
 def combine(allowed: Tensor, mask: Tensor | None) -> Tensor:
@@ -41,8 +43,8 @@ def masked_dense(
     """Softmax attention under a mask, (B, h, Lq, d) -> (B, h, Lq, d).
 
     Args:
-        mask: bool (True: may be read) or additive, broadcastable to (B, h, Lq, Lk). A query that may read nothing
-            gets zeros.
+        mask: bool (True: may be read) or additive, broadcastable to (B, h, Lq, Lk). A query that may read
+            nothing gets zeros.
     """
     out = _sdpa(q, k, v, attn_mask=mask, scale=scale)
     if mask is None:

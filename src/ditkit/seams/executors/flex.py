@@ -1,10 +1,11 @@
 """Sparse attention by compiled flex attention: block lists as full blocks, element masks as look-up tables.
 
-Inference on CPU in float32 is where it wins (within 10 % of density x dense time); it has no backward there. The first
-call for each shape compiles (5 to 15 s, needs a C++ compiler). Masks are given as tables because on CPU an
-arithmetic mask function costs ten times dense attention.
+Inference on CPU in float32 is where it wins (within 10 % of density x dense time); it has no backward there.
+The first call for each shape compiles (5 to 15 s, needs a C++ compiler). Masks are given as tables because
+on CPU an arithmetic mask function costs ten times dense attention.
 
-B batch, h heads, L tokens of the joint sequence, N image tokens, T text tokens, d head dim, n tiles, t tokens in a tile.
+B batch, h heads, L tokens of the joint sequence, N image tokens, T text tokens, d head dim,
+n tiles, t tokens in a tile.
 """
 
 from __future__ import annotations
@@ -58,16 +59,16 @@ class FlexPlan:
 def plan_blocks(lists: BlockLists, tiling: Tiling, layout: TokenLayout) -> FlexPlan:
     """The block mask of lists that are the same for every sample.
 
-    Image tiles are whole blocks. The text stands behind them in blocks of its own, all of them read; flex attention
-    itself cuts the last one at the end of the sequence.
+    Image tiles are whole blocks. The text stands behind them in blocks of its own, all of them read; flex
+    attention itself cuts the last one at the end of the sequence.
 
     Raises:
         ValueError: boxes that stick out of the grid; tokens in them would need an element mask.
     """
     if tiling.valid is not None:
         raise ValueError(
-            f"tiles of {tiling.tile} do not divide the {tiling.grid} grid; compiled flex attention needs whole "
-            "tiles, use the gather executor"
+            f"tiles of {tiling.tile} do not divide the {tiling.grid} grid; compiled flex attention needs "
+            "whole tiles, use the gather executor"
         )
     n, t = tiling.order.shape
     blocks = math.ceil(layout.joint_text_length / t)
@@ -76,7 +77,8 @@ def plan_blocks(lists: BlockLists, tiling: Tiling, layout: TokenLayout) -> FlexP
     device = index.device
     if count is None:
         count = torch.full((B, h, Q), K, device=device)
-    # Used tiles first, then the text blocks, then whatever fills the row: flex reads `count + blocks` entries.
+    # Used tiles first, then the text blocks, then whatever fills the row: flex reads `count + blocks`
+    # entries.
     full = torch.zeros(B, h, Q, n + blocks, dtype=torch.int32, device=device)
     full[..., :K] = index.int()
     slot = count[..., None] + torch.arange(blocks, device=device)
@@ -97,7 +99,8 @@ def plan_blocks(lists: BlockLists, tiling: Tiling, layout: TokenLayout) -> FlexP
 def flex_blocks(
     q: Tensor, k: Tensor, v: Tensor, plan: FlexPlan, layout: TokenLayout, *, scale: float | None = None
 ) -> Tensor:
-    """Attention where image queries read the tiles of their list and all text, and text queries read everything.
+    """Attention where image queries read the tiles of their list and all text, and text queries read
+    everything.
 
     Args:
         q, k, v: (B, h, L, d) in the order of `layout`; no gradients on CPU.
@@ -133,8 +136,8 @@ def plan_table(allowed: Tensor, tiling: Tiling, layout: TokenLayout) -> FlexTabl
     """The block mask of an element mask.
 
     Args:
-        allowed: (N, N + E) bool in raster order, True where an image query may read an image key or one of the E
-            further keys; text is not in it. Its N (N + E) bytes are kept: for up to some 16,000 tokens.
+        allowed: (N, N + E) bool in raster order, True where an image query may read an image key or one of
+            the E further keys; text is not in it. Its N (N + E) bytes are kept: for up to some 16,000 tokens.
         tiling: query and key order; tiles must be whole, and their size is the block size.
     """
     if tiling.valid is not None:
@@ -148,24 +151,31 @@ def plan_table(allowed: Tensor, tiling: Tiling, layout: TokenLayout) -> FlexTabl
     keys = table.shape[1]
     columns = math.ceil(keys / t)
     padded = torch.nn.functional.pad(table, (0, columns * t - keys)).view(n, t, columns, t)
-    some = padded.any(dim=3).any(dim=1)                                        # (n, columns)
+    some = padded.any(dim=3).any(dim=1)  # (n, columns)
     inside = torch.full((columns,), t, device=allowed.device)
     inside[-1] = keys - (columns - 1) * t
     whole = padded.sum(dim=(1, 3)) == inside * t
     partial, full = (BlockLists.from_map(x) for x in (some & ~whole, whole))
-    count = lambda lists: (                                                    # noqa: E731
-        torch.full(lists.index.shape[:3], lists.index.shape[-1]) if lists.count is None else lists.count
-    ).to(torch.int32)
-    wide = lambda lists: torch.nn.functional.pad(lists.index, (0, columns - lists.index.shape[-1])).int()   # noqa: E731
 
     def lookup(b: Tensor, h: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
         return table[q_index, k_index]
 
     mask = BlockMask.from_kv_blocks(
-        count(partial), wide(partial), count(full), wide(full),
-        BLOCK_SIZE=t, mask_mod=lookup, seq_lengths=(N, keys), compute_q_blocks=False,
+        *_counted(partial, columns),
+        *_counted(full, columns),
+        BLOCK_SIZE=t,
+        mask_mod=lookup,
+        seq_lengths=(N, keys),
+        compute_q_blocks=False,
     )
     return FlexTable(mask, tiling)
+
+
+def _counted(lists: BlockLists, columns: int) -> tuple[Tensor, Tensor]:
+    """Lists as flex attention takes them: how long each is, and the entries in rows of `columns`."""
+    B, h, Q, K = lists.index.shape
+    count = torch.full((B, h, Q), K, device=lists.index.device) if lists.count is None else lists.count
+    return count.int(), torch.nn.functional.pad(lists.index, (0, columns - K)).int()
 
 
 def flex_table(

@@ -50,7 +50,7 @@ def formula_with_lse(
 
 def pooled_tiles(x: Tensor, tiling: Tiling) -> Tensor:
     """Mean over the valid tokens of each tile: (..., N, d) -> (..., n, d)."""
-    tiles = tiling.split(x)                                                    # (..., n, t, d)
+    tiles = tiling.split(x)  # (..., n, t, d)
     if tiling.valid is None:
         return tiles.mean(-2)
     weight = tiling.valid.to(x.dtype)
@@ -58,6 +58,6 @@ def pooled_tiles(x: Tensor, tiling: Tiling) -> Tensor:
 
 
 def pooled_scores(q: Tensor, k: Tensor, tiling: Tiling, scale: float | None = None) -> Tensor:
-    """Scores of pooled queries against pooled keys, before any softmax: (B, h, N, d) twice -> (B, h, n, n)."""
+    """Scores of pooled queries against pooled keys, without softmax: (B, h, N, d) twice -> (B, h, n, n)."""
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     return pooled_tiles(q, tiling) @ pooled_tiles(k, tiling).transpose(-1, -2) * scale

@@ -1,25 +1,27 @@
-"""Sparse attention with a mask for each single token: tiles of queries, each with gathered keys and an element mask.
+"""Sparse attention with a mask for single tokens: tiles of queries, each with gathered keys and their mask.
 
 B batch, h heads, L tokens of the joint sequence, N image tokens, T text tokens, E further keys, d head dim,
-n query tiles, t tokens in a tile, K keys gathered for a tile, M different masks, R tiles run at once, G = B h.
+n query tiles, t tokens in a tile, K keys gathered for a tile, M masks, R tiles run at once, G = B h.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as _sdpa
 
-from ditkit.seams.executors.blocks import Tiling
+from ditkit.seams.executors.blocks import Tiling, tile_grid
 from ditkit.seams.executors.gather import CHUNK_BYTES, with_text_queries
 from ditkit.seams.layout import TokenLayout
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Query tiles, each with K keys of its own and an element mask on them; masks that are equal are kept once.
+    """Query tiles, each with K keys of its own and an element mask on them; masks that are equal are kept
+    once.
 
     Args:
         tiling: of the queries.
@@ -43,7 +45,7 @@ class Windows:
         object.__setattr__(self, "back", torch.cat(groups).argsort())
 
     def bias(self, always: int, dtype: torch.dtype) -> Tensor:
-        """(M, t, K + always): the masks as something to add to the scores, and keys that every query reads."""
+        """(M, t, K + always): the masks as something to add, and keys that every query reads."""
         if (always, dtype) in self._biases:
             return self._biases[always, dtype]
         bias = torch.zeros(self.masks.shape, dtype=dtype, device=self.masks.device)
@@ -52,6 +54,48 @@ class Windows:
         if not torch.compiler.is_compiling():
             self._biases[always, dtype] = bias
         return bias
+
+
+def neighbourhoods(
+    grid: tuple[int, int, int],
+    tile: tuple[int, int, int],
+    reach: tuple[int, int, int],
+    near: Callable[[Tensor, Tensor, Tensor], Tensor],
+    device: torch.device | str | None = None,
+) -> Windows:
+    """Windows of one shape around every token, cut at the borders of the grid.
+
+    Each query tile gathers one box of keys that holds the windows of all its queries; at a border the box is
+    moved inside the grid, so that all boxes are of one size.
+
+    Args:
+        grid: (F, H, W) of the tokens.
+        tile: of the queries.
+        reach: how far a window goes along each axis, at most.
+        near: may a query read a key at this distance (frames, rows, columns)?
+    """
+    tiling = tile_grid(grid, tile)
+    box = [min(size, step + 2 * far) for size, step, far in zip(grid, tile, reach, strict=True)]
+    start = [
+        (first - far).clamp(0, size - length)  # (n,) each
+        for first, far, size, length in zip(places(grid, tiling.order[:, 0]), reach, grid, box, strict=True)
+    ]
+    axes = torch.meshgrid(*(torch.arange(length) for length in box), indexing="ij")
+    inside = torch.stack(axes).flatten(1)  # (3, K)
+    f, y, x = (at[:, None] + offset for at, offset in zip(start, inside, strict=True))
+    keys = (f * grid[1] + y) * grid[2] + x  # (n, K)
+    # Tiles that lie the same way in their boxes have equal masks.
+    queries = torch.stack(places(grid, tiling.order)) - torch.stack(start)[..., None]  # (3, n, t)
+    distinct, kind = torch.unique(queries.movedim(0, 1).flatten(1), dim=0, return_inverse=True)
+    distance = distinct.view(len(distinct), 3, -1, 1) - inside[:, None]  # (M, 3, t, K)
+    masks = near(*distance.unbind(1))
+    return Windows(tile_grid(grid, tile, device), keys.to(device), kind.to(device), masks.to(device))
+
+
+def places(grid: tuple[int, int, int], tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Raster numbers -> frame, row, column."""
+    _, height, width = grid
+    return tokens // (height * width), tokens // width % height, tokens % width
 
 
 def gather_windows(
@@ -70,38 +114,39 @@ def gather_windows(
     Args:
         q, k, v: (B, h, L, d) in the order of `layout`.
         extra: keys and values (B, h, E, d) that image queries read and text queries do not.
-        keys: (B or 1, L), bool (True: may be read) or additive: the validity of single keys, e.g. padded text.
+        keys: (B or 1, L), bool (True: may be read) or additive: the validity of single keys, e.g. padded
+            text.
 
     Returns:
         (B, h, L, d).
     """
     B, h, _, d = q.shape
     K = windows.keys.shape[1]
-    always = [x[:, :, layout.text_span] for x in (k, v)]                       # (B, h, T, d)
+    always = [x[:, :, layout.text_span] for x in (k, v)]  # (B, h, T, d)
     if extra is not None:
         always = [torch.cat([x, more], dim=2) for x, more in zip(always, extra, strict=True)]
     T = always[0].shape[2]
-    qt = windows.tiling.split(q[:, :, layout.image_span]).flatten(0, 1).transpose(0, 1)   # (n, G, t, d)
-    image = [x[:, :, layout.image_span].flatten(0, 1) for x in (k, v)]         # (G, N, d)
-    always = [x.flatten(0, 1)[None] for x in always]                           # (1, G, T, d)
+    qt = windows.tiling.split(q[:, :, layout.image_span]).flatten(0, 1).transpose(0, 1)  # (n, G, t, d)
+    image = [x[:, :, layout.image_span].flatten(0, 1) for x in (k, v)]  # (G, N, d)
+    always = [x.flatten(0, 1)[None] for x in always]  # (1, G, T, d)
     bias = windows.bias(T, q.dtype)
     rows = None if keys is None else _rows(keys, layout, T, q.dtype)
 
     def collect(x: Tensor, text: Tensor, which: Tensor) -> Tensor:
-        x = x.index_select(1, which.reshape(-1)).unflatten(1, which.shape).transpose(0, 1)   # (R, G, K, d)
+        x = x.index_select(1, which.reshape(-1)).unflatten(1, which.shape).transpose(0, 1)  # (R, G, K, d)
         return torch.cat([x, text.expand(which.shape[0], -1, -1, -1)], dim=2) if T else x
 
     step = max(1, CHUNK_BYTES // (B * h * (K + T) * d * 2 * q.element_size()))
     parts = []
     for kind, group in enumerate(windows.groups):
         for tiles in group.split(step):
-            which = windows.keys.index_select(0, tiles)                        # (R, K)
-            mask = bias[kind : kind + 1, None]                                 # (1, 1, t, K + T)
+            which = windows.keys.index_select(0, tiles)  # (R, K)
+            mask = bias[kind : kind + 1, None]  # (1, 1, t, K + T)
             if rows is not None:
-                mask = mask + _spread(rows, which, h)                          # (R, G or 1, t, K + T)
+                mask = mask + _spread(rows, which, h)  # (R, G or 1, t, K + T)
             k_here, v_here = (collect(x, text, which) for x, text in zip(image, always, strict=True))
             parts.append(_sdpa(qt.index_select(0, tiles), k_here, v_here, attn_mask=mask, scale=scale))
-    out = torch.cat(parts).index_select(0, windows.back)                       # (n, G, t, d)
+    out = torch.cat(parts).index_select(0, windows.back)  # (n, G, t, d)
     out = windows.tiling.join(out.transpose(0, 1).unflatten(0, (B, h)))
     return with_text_queries(out, q, k, v, layout, keys, scale)
 
@@ -111,12 +156,16 @@ def _rows(keys: Tensor, layout: TokenLayout, always: int, dtype: torch.dtype) ->
     if keys.dtype == torch.bool:
         keys = torch.zeros(keys.shape, dtype=dtype, device=keys.device).masked_fill(~keys, float("-inf"))
     text = keys[:, layout.text_span]
-    return keys[:, layout.image_span], torch.cat([text, text.new_zeros(len(text), always - text.shape[1])], dim=1)
+    return keys[:, layout.image_span], torch.cat(
+        [text, text.new_zeros(len(text), always - text.shape[1])], dim=1
+    )
 
 
 def _spread(rows: tuple[Tensor, Tensor], which: Tensor, heads: int) -> Tensor:
     """(R, B h or 1, 1, K + T) for the tiles whose keys are `which` (R, K)."""
     image, always = rows
-    image = image.index_select(1, which.reshape(-1)).unflatten(1, which.shape).transpose(0, 1)   # (R, B or 1, K)
+    image = (
+        image.index_select(1, which.reshape(-1)).unflatten(1, which.shape).transpose(0, 1)
+    )  # (R, B or 1, K)
     both = torch.cat([image, always[None].expand(which.shape[0], -1, -1)], dim=-1)
     return (both.repeat_interleave(heads, dim=1) if both.shape[1] > 1 else both)[:, :, None]

@@ -21,8 +21,9 @@ from ditkit.seams.stats import attention_flops, flop_counter
 from tiny_models import TINY, output
 
 CPU = torch.device("cpu")
-# GFLOPs of one layer, 512 text tokens, 3072 channels, as the paper prints them: side in tokens -> full, r = 8, 16, 32.
-# The paper's 80.6 for r = 16 at 64 is not among them: it contradicts its own mask (86.6) and efficiency table (0.09 T).
+# GFLOPs of one layer, 512 text tokens, 3072 channels, as the paper prints them: side in tokens -> full, r =
+# 8, 16, 32. The paper's 80.6 for r = 16 at 64 is not among them: it contradicts its own mask (86.6) and
+# efficiency table (0.09 T).
 PUBLISHED = {
     64: ("260.9", "63.5", None, "154.1"),
     128: ("3507.9", "246.2", "352.6", "724.3"),
@@ -41,7 +42,9 @@ class Call(AttentionCall):
         self.shares.append(share)
 
 
-def attend(method: LocalWindow, layout: TokenLayout, qkv: tuple[Tensor, ...], mask: Tensor | None = None) -> Tensor:
+def attend(
+    method: LocalWindow, layout: TokenLayout, qkv: tuple[Tensor, ...], mask: Tensor | None = None
+) -> Tensor:
     strategy = method.strategy()
     plan = strategy.plan(layout, qkv[0].shape[1], CPU)
     return strategy.attend(*qkv, mask, None, Call(), plan)
@@ -122,7 +125,10 @@ def test_gather_equals_masked_dense(text, grid, factor, padding):
     for depth in (0, math.inf):
         dense, gather = (
             attend(
-                LocalWindow(radius=3.5, down_factor=factor, frame_radius=depth, executor=name), layout, qkv, mask
+                LocalWindow(radius=3.5, down_factor=factor, frame_radius=depth, executor=name),
+                layout,
+                qkv,
+                mask,
             )
             for name in ("dense", "gather")
         )
@@ -146,7 +152,7 @@ def test_gradients_of_gather_and_dense_agree(factor):
     layout = TokenLayout((1, 12, 20), 7, "suffix")
     start = [torch.randn(1, 2, layout.length, 8) for _ in range(3)]
     weight, grads = torch.randn_like(start[0]), []
-    for name in ("dense", "gather", "flex"):       # flex has no backward on CPU: it hands over to gather
+    for name in ("dense", "gather", "flex"):  # flex has no backward on CPU: it hands over to gather
         qkv = tuple(x.clone().requires_grad_() for x in start)
         grid_fits = name != "flex"
         here = layout if grid_fits else TokenLayout((1, 16, 16), 7, "suffix")
@@ -169,7 +175,10 @@ def test_neutral_is_bit_equal(name: str):
     neutral = registry.get("method", "local-window").neutral
     with torch.no_grad():
         expected = [output(model(**TINY[name].inputs(batch=2, size=size))) for size in (0, 1)]
-        for method in (LocalWindow(**neutral), LocalWindow(radius=8.0)):    # 8 is above every tiny grid's diagonal
+        for method in (
+            LocalWindow(**neutral),
+            LocalWindow(radius=8.0),
+        ):  # 8 is above every tiny grid's diagonal
             with ditkit.apply(model, method) as run:
                 for size in (0, 1):
                     assert torch.equal(output(model(**TINY[name].inputs(batch=2, size=size))), expected[size])
@@ -226,7 +235,7 @@ def test_counted_work_grows_with_the_picture_not_with_its_square():
             attend(method, layout, qkv)
         counts.append(counter.get_total_flops())
         dense.append(attention_flops(*(x.shape for x in qkv)))
-    slope = lambda x: math.log(x[-1] / x[0]) / math.log((sides[-1] / sides[0]) ** 2)   # noqa: E731
+    slope = lambda x: math.log(x[-1] / x[0]) / math.log((sides[-1] / sides[0]) ** 2)  # noqa: E731
     assert slope(counts) <= 1.01
     assert slope(dense) == pytest.approx(2)
     assert counts[-1] < 0.1 * dense[-1]
@@ -263,7 +272,9 @@ def test_ntk_factor_is_taken_back():
 def test_pooled_keys_with_learned_weights(tmp_path):
     tiny = TINY["FluxTransformer2DModel"]
     model = tiny.model()
-    names = [f"{path}.{i}.attn" for path in ("transformer_blocks", "single_transformer_blocks") for i in range(2)]
+    names = [
+        f"{path}.{i}.attn" for path in ("transformer_blocks", "single_transformer_blocks") for i in range(2)
+    ]
     weights = {f"{name}.processor.spatial_weight": torch.full((1, 1, 1, 2, 1, 2, 1), 0.25) for name in names}
     save_file(weights, tmp_path / "weights.safetensors")
     found = []
@@ -271,7 +282,9 @@ def test_pooled_keys_with_learned_weights(tmp_path):
         for given_weights in (None, weights, str(tmp_path / "weights.safetensors")):
             with ditkit.apply(model, LocalWindow(radius=2, down_factor=2, spatial_weight=given_weights)):
                 found.append(output(model(**tiny.inputs())))
-        weights[f"{names[0]}.processor.spatial_weight"] = torch.tensor([[1.0, 0], [0, 0]]).view(1, 1, 1, 2, 1, 2, 1)
+        weights[f"{names[0]}.processor.spatial_weight"] = torch.tensor([[1.0, 0], [0, 0]]).view(
+            1, 1, 1, 2, 1, 2, 1
+        )
         with ditkit.apply(model, LocalWindow(radius=2, down_factor=2, spatial_weight=weights)):
             other = output(model(**tiny.inputs()))
     torch.testing.assert_close(found[1], found[0])
@@ -295,10 +308,14 @@ def test_weights_of_another_model_are_refused(weights, word):
 
 
 def test_weights_of_another_factor_are_refused():
-    names = [f"{path}.{i}.attn" for path in ("transformer_blocks", "single_transformer_blocks") for i in range(2)]
+    names = [
+        f"{path}.{i}.attn" for path in ("transformer_blocks", "single_transformer_blocks") for i in range(2)
+    ]
     weights = {f"{name}.processor.spatial_weight": torch.ones(3, 3) for name in names}
     with pytest.raises(SeamError, match="down_factor=2 needs 4"):
-        ditkit.apply(TINY["FluxTransformer2DModel"].model(), LocalWindow(down_factor=2, spatial_weight=weights))
+        ditkit.apply(
+            TINY["FluxTransformer2DModel"].model(), LocalWindow(down_factor=2, spatial_weight=weights)
+        )
 
 
 @pytest.mark.parametrize(
@@ -320,7 +337,9 @@ def test_bad_option_is_named(options):
 
 
 def test_from_the_command_line():
-    method = registry.parse_method("local-window:radius=4,down_factor=2,executor=gather,proportional_attention=true")
+    method = registry.parse_method(
+        "local-window:radius=4,down_factor=2,executor=gather,proportional_attention=true"
+    )
     assert method == LocalWindow(radius=4, down_factor=2, executor="gather", proportional_attention=True)
     assert registry.parse_method("local-window:radius=inf").radius == math.inf
     with pytest.raises(registry.OptionError, match="radius must be above 0"):

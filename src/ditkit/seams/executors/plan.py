@@ -1,0 +1,132 @@
+"""Which executor runs a sparse attention, and block lists made ready to run on a layout.
+
+B batch, h heads, L tokens of the joint sequence, d head dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ditkit.seams.executors import flex
+from ditkit.seams.executors.blocks import BlockLists, Tiling, dense_mask, density
+from ditkit.seams.executors.dense import combine, is_key_mask, key_mask, masked_dense
+from ditkit.seams.executors.gather import gather_blocks
+from ditkit.seams.layout import TokenLayout
+
+Executor = Literal["auto", "dense", "gather", "flex"]
+
+# Measured on CPU (benchmarks/attention_executors.py): above this share of pairs, or below this many tokens,
+# a masked dense pass is no slower than gathering.
+DENSE_ABOVE = 0.6
+DENSE_BELOW = 1024
+# A compiled kernel takes 5 to 15 s to build; below this length it does not earn them back in a generation.
+FLEX_FROM = 4096
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An executor and, in plain words, why."""
+
+    name: Literal["dense", "gather", "flex"]
+    reason: str
+
+
+def choose(
+    length: int,
+    share: float,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    gradients: bool,
+    whole: bool = True,
+) -> Choice:
+    """The executor for a sparse attention.
+
+    Args:
+        length: tokens L.
+        share: of the L x L pairs that are read, 0..1.
+        gradients: whether the inputs need them.
+        whole: whether the tiles divide the grid and the mask has no rows of its own for each sample.
+    """
+    if length < DENSE_BELOW:
+        return Choice(
+            "dense", f"{length} tokens are too few for sparse attention to pay: masked dense, no gain"
+        )
+    if share > DENSE_ABOVE:
+        return Choice("dense", f"{share:.0%} of the pairs are read, too many to pay: masked dense, no gain")
+    if not whole:
+        return Choice("gather", "tiles that do not divide the grid, or masked keys")
+    if device.type == "cpu" and gradients:
+        return Choice("gather", "flex attention has no backward on CPU")
+    if device.type == "cpu" and dtype != torch.float32:
+        return Choice("gather", f"gathering is faster than flex attention in {dtype} on CPU")
+    if length < FLEX_FROM:
+        return Choice("gather", f"{length} tokens do not earn back the compilation of flex attention")
+    reason = flex.available(device.type)
+    if reason is not None:
+        return Choice("gather", reason)
+    return Choice("flex", f"{length} tokens in {dtype}, {share:.0%} of the pairs")
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """Block lists on a layout: what a block-sparse strategy makes, once for a static mask or at each call.
+
+    Args:
+        lists: which key tiles each query tile reads.
+        tiling: the tiles.
+        layout: where the text stands.
+        executor: how to run; `"auto"` chooses.
+    """
+
+    lists: BlockLists
+    tiling: Tiling
+    layout: TokenLayout
+    executor: Executor = "auto"
+
+    @functools.cached_property
+    def share(self) -> float:
+        """Of the L x L pairs that are read, 0..1."""
+        return density(self.lists, self.tiling, self.layout)
+
+    @functools.cached_property
+    def mask(self) -> Tensor:
+        """(B or 1, h or 1, L, L) bool."""
+        return dense_mask(self.lists, self.tiling, self.layout)
+
+    @functools.cached_property
+    def _flex(self) -> flex.FlexPlan:
+        return flex.plan_blocks(self.lists, self.tiling, self.layout)
+
+    def choose(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Choice:
+        """The executor for these inputs, and why."""
+        gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        if mask is not None and not is_key_mask(mask, q.shape[0], self.layout.length):
+            return Choice("dense", "the model's mask has a row for each query: masked dense, no gain")
+        if self.executor != "auto":
+            return Choice(self.executor, "as asked for")
+        whole = self.tiling.valid is None and mask is None
+        return choose(
+            self.layout.length, self.share, device=q.device, dtype=q.dtype, gradients=gradients, whole=whole
+        )
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
+    ) -> Tensor:
+        """Attention under the lists, (B, h, L, d) -> (B, h, L, d).
+
+        Args:
+            mask: what the model passed, bool (True: may be read) or additive, broadcastable to (B, h, L, L).
+        """
+        name = self.choose(q, k, v, mask).name
+        if name == "dense":
+            return masked_dense(q, k, v, combine(self.mask, mask), scale)
+        if name == "flex":
+            return flex.flex_blocks(q, k, v, self._flex, self.layout, scale=scale)
+        keys = None if mask is None else key_mask(mask, q.shape[0], self.layout.length)
+        return gather_blocks(q, k, v, self.lists, self.tiling, self.layout, keys=keys, scale=scale)
