@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--html", type=Path, help="folder for a report per comparison")
     options = parser.parse_args()
     pipe = ditkit.load(options.model)
+    pipe.set_progress_bar_config(disable=True)
     prompts = captions(options.prompts)
     found: list[Claim] = []
     figures: dict[str, Any] = {}
