@@ -193,7 +193,7 @@ def claims(result: dict[str, Any]) -> list[Claim]:
     found = [
         Claim(
             "taylorseer",
-            f"{name.partition(',')[0]}: a skipped step takes at most {100 * TARGETS[name]:.0f} % of a dense one",
+            f"{name}: a step takes at most {100 * TARGETS[name]:.0f} % of a dense one",
             "ditkit",
             f"{100 * rows[name]['of_dense']:.2f} %; {theirs}",
             rows[name]["of_dense"] <= TARGETS[name],
