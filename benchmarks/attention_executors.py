@@ -3,8 +3,8 @@
     python benchmarks/attention_executors.py --threads 1
 
 Random tiles of 128 tokens for each query tile and head, float32 by default, no text. Dense attention and the
-executors take turns in one process; the figures are ratios of medians. "rest" is what a dense pass with the same mask
-takes: masking alone does not pay. The disc rows are local windows, where ideal counts the discs' pairs only.
+executors take turns in one process; the figures are ratios of medians. A dense pass with the same mask shows
+that masking alone does not pay. The disc rows are local windows, where ideal counts the discs' pairs only.
 
 B batch, h heads, L tokens, d head dim.
 """
@@ -120,7 +120,9 @@ def claims(rows: list[dict[str, Any]], settings: dict[str, Any]) -> list[Claim]:
         for density in dict.fromkeys(row["density"] for row in of_this):
             tried = [row for row in of_this if row["density"] == density]
             row = min(tried, key=lambda row: row["milliseconds"])
-            measured = f"{row['executor']}: {row['times_ideal']:.2f} of ideal, {row['speed_up']:.2f} times as fast as dense"
+            measured = (
+                f"{row['executor']}: {row['times_ideal']:.2f} of ideal, {row['speed_up']:.2f} x dense's speed"
+            )
             target = float(settings["within"])
             where = f"{what.partition(';')[0]}, density {density:.2f}, {settings['dtype']}"
             if "blocks" in what:
@@ -154,9 +156,7 @@ def main() -> None:
     rows += [
         row for side in options.sides for radius in options.radii for row in discs(side, radius, options)
     ]
-    table = Table(
-        title=f"attention executors, {options.dtype}, {options.threads} thread(s), medians of {options.rounds}"
-    )
+    table = Table(title=f"{options.dtype}, {options.threads} thread(s), medians of {options.rounds}")
     for column in ("what", "executor", "density", "ms", "dense ms", "speed-up", "x ideal"):
         table.add_column(column, justify="left" if column in ("what", "executor") else "right")
     for row in rows:
