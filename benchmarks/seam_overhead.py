@@ -73,7 +73,9 @@ def variants(arguments: dict[str, Any]) -> dict[str, Callable[[], Tensor]]:
     """Name -> one forward of that variant, ready to skip."""
     base = transformer()
 
-    def forwards(model: FluxTransformer2DModel, warm: int, context: str | None = None) -> Callable[[], Tensor]:
+    def forwards(
+        model: FluxTransformer2DModel, warm: int, context: str | None = None
+    ) -> Callable[[], Tensor]:
         level = [1.0]
 
         def forward() -> Tensor:
