@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from tiny_models import Tiny, output
 from torch import Tensor, nn
+
+from tiny_models import Tiny, output
 
 Before = Callable[[int], None]
 

@@ -1,7 +1,7 @@
 """A tiny random instance of every transformer class that the anatomy knows, and inputs for it.
 
-`TINY` maps a name to a `Tiny`; `TINY[name].model()` builds the model, `.inputs()` the keyword arguments of one
-forward. Everything is seeded, so two calls give equal weights and equal inputs.
+`TINY` maps a name to a `Tiny`; `TINY[name].model()` builds the model, `.inputs()` the keyword arguments of
+one forward. Everything is seeded, so two calls give equal weights and equal inputs.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def _hunyuan_video_inputs(batch: int, seed: int, size: int) -> dict[str, Any]:
 
 
 def _angles(tokens: int, pairs: int) -> Tensor:
-    """Rotary angles (tokens, 2 pairs) as a pipeline would pass them: by position only, the same for all seeds."""
+    """Rotary angles (tokens, 2 pairs) as a pipeline passes them: by position only, the same for all seeds."""
     frequencies = 0.9 ** torch.arange(pairs)
     return (torch.arange(tokens)[:, None] * frequencies).repeat_interleave(2, dim=1)
 

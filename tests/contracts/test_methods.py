@@ -14,8 +14,6 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from loops import Pipe, denoise, join
-from tiny_models import TINY, Tiny, output
 from torch import Tensor, nn
 
 import ditkit
@@ -23,6 +21,8 @@ from ditkit.registry import Entry, entries
 from ditkit.seams.anatomy import describe
 from ditkit.seams.errors import SeamError, UnsupportedModelError
 from ditkit.seams.stats import flop_counter
+from loops import Pipe, denoise, join
+from tiny_models import TINY, Tiny, output
 
 METHODS = entries("method")
 # Settings at which a method works on 16 tokens and 10 steps; its defaults where nothing is given.
@@ -34,7 +34,9 @@ ACTIVE: dict[str, dict[str, Any]] = {
 every_method = pytest.mark.parametrize("entry", METHODS.values(), ids=METHODS.keys())
 every_class = pytest.mark.parametrize("tiny", TINY.values(), ids=TINY.keys())
 some_classes = pytest.mark.parametrize(
-    "tiny", [TINY[name] for name in ("FluxTransformer2DModel", "WanTransformer3DModel", "DiT")], ids=lambda t: t.name
+    "tiny",
+    [TINY[name] for name in ("FluxTransformer2DModel", "WanTransformer3DModel", "DiT")],
+    ids=lambda t: t.name,
 )
 
 
@@ -121,7 +123,7 @@ def test_samples_of_a_batch_do_not_influence_each_other(entry: Entry, tiny: Tiny
     model = tiny.model()
     singles = [tiny.inputs(1, seed) for seed in range(4)]
     if tiny.name == "QwenImageTransformer2DModel":
-        # Its text rotary table depends on the longest valid text of the batch; equal masks keep it out of this.
+        # Its text rotary table depends on the longest valid text of the batch: equal masks.
         for one in singles:
             one["encoder_hidden_states_mask"] = torch.ones(1, 5, dtype=torch.bool)
     batch = functools.reduce(join, singles)
@@ -175,7 +177,7 @@ def fresh(name: str, tiny: str, case: Case) -> Tensor:
 cases = st.tuples(
     st.sampled_from([1, 2, 4, 6, 9]), st.integers(1, 2), st.integers(0, 1), st.integers(0, 1), st.booleans()
 )
-# Which of two pipelines, what it makes, where it is given up, and what the other one makes in between and when.
+# Which of two pipelines, what it makes, where it is given up, when and what the other one makes in between.
 generations = st.tuples(
     st.integers(0, 1), cases, st.none() | st.integers(0, 5), st.none() | st.tuples(st.integers(0, 5), cases)
 )
@@ -187,7 +189,9 @@ class _Abort(Exception):
 
 @every_method
 @settings(max_examples=100, deadline=None)
-@example(sequence=[(0, (60, 1, 0, 0, True), 30, None), (0, (60, 1, 1, 0, True), None, (5, (40, 2, 0, 1, False)))])
+@example(
+    sequence=[(0, (60, 1, 0, 0, True), 30, None), (0, (60, 1, 1, 0, True), None, (5, (40, 2, 0, 1, False)))]
+)
 @given(sequence=st.lists(generations, min_size=2, max_size=3))
 def test_any_sequence_of_generations_is_as_if_fresh(entry: Entry, sequence: list[Any]) -> None:
     names = [name for name in ("DiT", "FluxTransformer2DModel") if accepts(entry, TINY[name])]

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, TaylorSeerCacheConfig
-from loops import Pipe, denoise
-from tiny_models import TINY, output
 from torch import Tensor
 
 import ditkit
 from ditkit.methods.taylorseer import TaylorSeer
 from ditkit.registry import OptionError, parse_method
 from ditkit.seams.extrapolate import Trajectory
+from loops import Pipe, denoise
+from tiny_models import TINY, output
 
 FLUX, OWN = TINY["FluxTransformer2DModel"], TINY["DiT"]
 
@@ -39,15 +39,21 @@ def test_schedule_is_that_of_diffusers_own_hook() -> None:
         model = FLUX.model()
         model.enable_cache(TaylorSeerCacheConfig(cache_interval=interval, disable_cache_before_step=warmup))
         ran: list[int] = []
-        model.transformer_blocks[0].attn.to_q.register_forward_hook(lambda *_, ran=ran: ran.append(index))
+        now: list[int] = []
+        model.transformer_blocks[0].attn.to_q.register_forward_hook(
+            lambda *_, ran=ran, now=now: ran.append(now[-1])
+        )
         with model.cache_context("cond"):
             for index in range(20):
+                now.append(index)
                 model(**FLUX.inputs(noise=1 - index / 20))
         method = TaylorSeer(interval=interval, warmup=warmup, schedule="diffusers")
         assert method.full_steps(20) == ran
 
 
-@pytest.mark.parametrize("options", [{}, {"interval": 2, "warmup": 0}, {"schedule": "diffusers", "interval": 3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"interval": 2, "warmup": 0}, {"schedule": "diffusers", "interval": 3}]
+)
 @pytest.mark.parametrize("granularity", ["module", "last-block"])
 def test_full_steps_are_those_of_a_run(options: dict[str, Any], granularity: str) -> None:
     method = TaylorSeer(granularity=granularity, last_steps=2, **options)  # type: ignore[arg-type]
@@ -109,7 +115,9 @@ def test_sigma_as_coordinate() -> None:
         pipe = Pipe(FLUX.model(), FLUX, FlowMatchEulerDiscreteScheduler(shift=5.0))
         model, level, worst = pipe.transformer, [0.0], [0.0]
 
-        def line(*, encoder_hidden_states: Tensor, level: list[float] = level, **_: Any) -> tuple[Tensor, Tensor]:
+        def line(
+            *, encoder_hidden_states: Tensor, level: list[float] = level, **_: Any
+        ) -> tuple[Tensor, Tensor]:
             return encoder_hidden_states, level[0] * direction
 
         def compare(module: Any, args: Any, level: list[float] = level, worst: list[float] = worst) -> None:
@@ -126,6 +134,19 @@ def test_sigma_as_coordinate() -> None:
             pipe(steps=12)
         errors[coordinate] = worst[0]
     assert errors["sigma"] < 1e-5 < 1e-2 < errors["index"]
+
+
+def test_reach_spares_the_first_interval_the_slope_of_the_warm_up() -> None:
+    """Steps 0, 1, 2 and 7 are computed: with reach 1 only step 3 follows the slope of 1 and 2."""
+    model, inputs = FLUX.model(), [FLUX.inputs(seed=2, noise=1 - index / 14) for index in range(14)]
+    entered: list[Tensor] = []
+    model.norm_out.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    with torch.no_grad(), ditkit.apply(model, TaylorSeer(interval=5, granularity="last-block", reach=1.0)):
+        for one in inputs:
+            model(**one)
+    assert not torch.equal(entered[3], entered[2])
+    assert all(torch.equal(entered[index], entered[2]) for index in (4, 5, 6))
+    assert not any(torch.equal(entered[index], entered[7]) for index in range(8, 12))
 
 
 def test_branches_have_states_of_their_own() -> None:
@@ -170,6 +191,7 @@ def test_plain_words(steps: int, options: dict[str, Any], words: str) -> None:
         ({"schedule": "sd3"}, "schedule must be one of"),
         ({"factor_dtype": "int8"}, "factor_dtype must be"),
         ({"expansion": "taylor"}, "expansion must be"),
+        ({"reach": 0.0}, "reach must be a number above 0"),
         ({"coordinate": "time"}, "coordinate must be"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Skipping the stack and replacing units: what is put in is what the head sees, what is skipped does not run."""
+"""Skipping the stack and replacing units: what is put in is seen, what is skipped does not run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import TINY, Tiny, output
 from torch import Tensor
 
 import ditkit
@@ -19,6 +18,7 @@ from ditkit.seams.apply import Host
 from ditkit.seams.blocks import Outputs, StackCache, UnitCache, UnitRef
 from ditkit.seams.errors import ConflictError, SeamError
 from ditkit.seams.steps import Step
+from tiny_models import TINY, Tiny, output
 
 every_class = pytest.mark.parametrize("tiny", TINY.values(), ids=TINY.keys())
 
@@ -106,7 +106,7 @@ def test_replaced_units_and_their_norms_do_not_run(tiny: Tiny) -> None:
         for name in set(inner):
             module = model.get_submodule(name)
             for below, part in module.named_modules():
-                # A unit's own forward is replaced; what lies below it, or its functional, must not be reached.
+                # A unit's own forward is replaced: what lies below it must not be reached.
                 if below:
                     part.register_forward_hook(lambda *_, name=f"{name}.{below}": calls.append(name))
         sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -186,7 +186,9 @@ def test_token_replace_and_two_part_modulation() -> None:
 
     hunyuan, qwen = TINY["HunyuanVideoTransformer3DModel"], TINY["QwenImageTransformer2DModel"]
     torch.manual_seed(0)
-    replaced = HunyuanVideoTransformer3DModel(**{**hunyuan.model().config, "image_condition_type": "token_replace"})
+    replaced = HunyuanVideoTransformer3DModel(
+        **{**hunyuan.model().config, "image_condition_type": "token_replace"}
+    )
     edited = QwenImageTransformer2DModel(**{**qwen.model().config, "zero_cond_t": True})
     inputs = {**qwen.inputs(), "img_shapes": [[(1, 2, 4), (1, 2, 4)]]}
     for model, arguments in ((replaced, hunyuan.inputs()), (edited, inputs)):

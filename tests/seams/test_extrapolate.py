@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -56,6 +58,16 @@ def test_order_one_is_the_same_line_in_both_and_order_zero_the_last_value() -> N
         assert torch.equal(reuse.at(11), values[-1])
     torch.testing.assert_close(lines[0], lines[1])
     torch.testing.assert_close(lines[0], values[3] + (values[3] - values[2]) / 5 * 2)
+
+
+@pytest.mark.parametrize("expansion", ["authors", "newton"])
+def test_beyond_its_reach_the_last_value_is_kept(expansion: Any) -> None:
+    trajectory = Trajectory(2, expansion, reach=1.5)
+    for x in (0, 1, 5):
+        trajectory.add(x, polynomial([1, 2], x))
+    # The last gap is 4: up to 6 ahead the line goes on, then its last value stands.
+    torch.testing.assert_close(trajectory.at(11), polynomial([1, 2], 11))
+    assert torch.equal(trajectory.at(11.5), polynomial([1, 2], 5))
 
 
 def test_another_shape_starts_afresh() -> None:

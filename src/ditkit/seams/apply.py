@@ -127,8 +127,8 @@ class Host:
         self.hooks.put(self.entry, "root", self._root)
         self.clock.attach()
         self.clock.on_schedule(self._stay)
-        # A module whose output is replaced makes no attention call: what watches for one has to lie inside, and
-        # hooks put on first lie inside. The order in which methods are named must not matter.
+        # A module whose output is replaced makes no attention call: what watches for one has to lie inside,
+        # and hooks put on first lie inside. The order in which methods are named must not matter.
         for method in sorted(methods, key=lambda method: "attention" not in method.claims):
             method.attach(self)
 
@@ -265,7 +265,8 @@ def apply(target: Any, *methods: Method, count_flops: bool = True) -> Run:
 
     Raises:
         UnsupportedModelError: no transformer of a known class.
-        ConflictError: two methods claim one seam, or the model carries methods already. Nothing is hooked then.
+        ConflictError: two methods claim one seam, or the model carries methods already. Nothing is hooked
+            then.
     """
     _check(methods)
     models = _models(target)
@@ -313,8 +314,8 @@ def _check(methods: tuple[Method, ...]) -> None:
         for seam in sorted(method.claims):
             if seam in owner:
                 raise ConflictError(
-                    f"{describe_method(owner[seam])} and {describe_method(method)} both claim the {seam} seam; "
-                    "apply only one of them"
+                    f"{describe_method(owner[seam])} and {describe_method(method)} both claim the {seam} "
+                    "seam; apply only one of them"
                 )
             owner[seam] = method
 
@@ -329,9 +330,7 @@ def _models(target: Any) -> list[tuple[str, nn.Module]]:
         raise UnsupportedModelError(
             f"target must be a DiffusionPipeline or a transformer module; got {type(target).__name__}"
         )
-    modules = {
-        name: part for name, part in parts.items() if isinstance(part, nn.Module)
-    }
+    modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
     denoisers = [(name, module) for name, module in modules.items() if name.startswith("transformer")]
     if not denoisers:
         raise UnsupportedModelError(

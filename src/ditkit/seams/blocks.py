@@ -262,7 +262,8 @@ class BlockSeam:
         for stack, index, block in self._blocks:
             if getattr(block, "_chunk_size", None) is not None:
                 raise SeamError(
-                    f"{stack.path}.{index} runs its feed-forward in chunks; call disable_forward_chunking() first"
+                    f"{stack.path}.{index} runs its feed-forward in chunks; call disable_forward_chunking() "
+                    "first"
                 )
 
 
