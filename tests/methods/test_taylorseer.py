@@ -217,3 +217,19 @@ def test_factor_dtype_halves_the_cache() -> None:
             denoise(model, FLUX, 8)
         sizes[dtype] = run.report().bytes_cached
     assert sizes["float32"] == sizes["model"] == 2 * sizes["bfloat16"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("granularity", ["module", "last-block"])
+def test_compiled_models(granularity: Any) -> None:
+    """Every hooked module is a graph break; the result is the eager one."""
+    method = TaylorSeer(interval=3, granularity=granularity)
+    with ditkit.apply(model := FLUX.model(), method):
+        eager = denoise(model, FLUX, 7)
+    torch.compiler.reset()
+    compiled: Any = torch.compile(FLUX.model(), backend="aot_eager")
+    with ditkit.apply(compiled, method) as run:
+        result = denoise(compiled, FLUX, 7)
+    torch.testing.assert_close(result, eager, atol=1e-5, rtol=1e-5)
+    assert run.report().steps_computed == len(method.full_steps(7))
+    torch.compiler.reset()

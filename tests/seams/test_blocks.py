@@ -17,6 +17,7 @@ from ditkit.seams.anatomy import describe
 from ditkit.seams.apply import Host
 from ditkit.seams.blocks import Outputs, StackCache, UnitCache, UnitRef
 from ditkit.seams.errors import ConflictError, SeamError
+from ditkit.seams.stats import flop_counter
 from ditkit.seams.steps import Step
 from tiny_models import TINY, Tiny, output
 
@@ -239,3 +240,14 @@ def test_chunked_feed_forward_is_refused_before_any_work() -> None:
 def test_a_start_beyond_the_depth_is_refused() -> None:
     with pytest.raises(SeamError, match="after must be 0 to 3"):
         ditkit.apply(TINY["FluxTransformer2DModel"].model(), Using(StackMemory(4)))
+
+
+def test_flops_are_counted_when_the_decision_falls_inside_the_forward() -> None:
+    tiny = TINY["FluxTransformer2DModel"]
+    model, cache = tiny.model(), StackMemory(after=1)
+    with torch.no_grad(), ditkit.apply(model, Using(cache)) as run, flop_counter() as counter:
+        for step, skip in enumerate([False, False, True, False, True, True, False]):
+            cache.skip = skip
+            model(**tiny.inputs(noise=1 - step / 8))
+    assert run.report().flops == counter.get_total_flops()
+    assert (run.report().steps_computed, run.report().steps_forecast) == (4, 3)
