@@ -3,9 +3,9 @@ import pytest
 import torch
 from PIL import Image
 
+from ditkit.data.config import DataConfig
 from ditkit.data.emoji import GROUPS, EmojiDataset, is_held_out, preview
 from ditkit.data.pictures import FolderDataset, class_labels, grid, open_pictures, periods
-from ditkit.training.config import ConfigError, DataConfig
 
 
 def test_the_set_is_whole():
@@ -76,10 +76,10 @@ def test_open_pictures_errors(tmp_path):
         open_pictures(DataConfig(kind="folder", path=tmp_path / "none"))
     with pytest.raises(FileNotFoundError, match="no pictures"):
         open_pictures(DataConfig(kind="folder", path=tmp_path))
-    with pytest.raises(ConfigError, match="64"):
+    with pytest.raises(ValueError, match="64"):
         open_pictures(DataConfig(size=32))
     emoji = open_pictures(DataConfig(groups=["keycap"]))
-    with pytest.raises(ConfigError, match="tone"):
+    with pytest.raises(ValueError, match="tone"):
         periods(DataConfig(every={"tone": 4}), emoji)
 
 

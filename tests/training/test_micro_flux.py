@@ -18,7 +18,8 @@ QUICK = [
     for stage in ("autoencoder", "text_encoders", "transformer")
     for change in ("steps=2", "batch_size=4", "data={split: all, groups: [keycap]}", "checkpoint_every=1",
                    "sample_every=0", "heldout_every=0", "tracker=null", "precision='no'")
-] + ["text_encoders.task_options.components=8", "transformer.task_options.preview_steps=2"]  # fmt: skip
+] + ["text_encoders.task_options.components=8", "transformer.task_options.preview_steps=2",
+     "transformer.precision=bf16"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

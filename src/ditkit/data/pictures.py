@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ditkit.data.config import DataConfig
 from ditkit.data.emoji import EmojiDataset, Split, is_held_out
-from ditkit.training.config import ConfigError, DataConfig
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -65,10 +65,10 @@ def open_pictures(data: DataConfig, split: Split | None = None) -> Pictures:
     """The data set that a training file names; `split` overrides the file's."""
     if data.kind == "folder":
         if data.path is None:
-            raise ConfigError("data.path: needed for kind: folder")
+            raise ValueError("data.path: needed for kind: folder")
         return FolderDataset(data.path, data.size, split or data.split)
     if data.size != 64:
-        raise ConfigError(f"data.size: the emoji pictures are 64 pixels wide (got {data.size})")
+        raise ValueError(f"data.size: the emoji pictures are 64 pixels wide (got {data.size})")
     kwargs = {} if data.groups is None else {"groups": data.groups}
     return EmojiDataset(split or data.split, **kwargs)
 
@@ -78,10 +78,10 @@ def periods(data: DataConfig, pictures: Pictures) -> list[int] | None:
     if not data.every:
         return None
     if not isinstance(pictures, EmojiDataset):
-        raise ConfigError("data.every: only the emoji set has groups")
+        raise ValueError("data.every: only the emoji set has groups")
     unknown = sorted(set(data.every) - {row.group for row in pictures.rows})
     if unknown:
-        raise ConfigError(f"data.every: no group {unknown} in the data")
+        raise ValueError(f"data.every: no group {unknown} in the data")
     return [data.every.get(row.group, 1) for row in pictures.rows]
 
 

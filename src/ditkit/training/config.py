@@ -11,35 +11,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
+
+from ditkit.data.config import DataConfig, Section
 
 
 class ConfigError(ValueError):
     """A training file that can't be used; the message names the key and what was seen."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-
-class DataConfig(_Section):
-    """Which pictures. `every: {tone: 4}` shows a quarter of that group in each epoch, in turn."""
-
-    kind: Literal["emoji", "folder"] = "emoji"
-    path: Path | None = None
-    size: int = Field(default=64, ge=8)
-    split: Literal["all", "train", "heldout"] = "train"
-    groups: list[str] | None = None
-    every: dict[str, int] = {}
-
-    @model_validator(mode="after")
-    def _folder_has_path(self) -> DataConfig:
-        if self.kind == "folder" and self.path is None:
-            raise ValueError("kind: folder needs path")
-        return self
-
-
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     kind: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
@@ -48,7 +29,7 @@ class OptimizerConfig(_Section):
     clip_grad_norm: float | None = Field(default=None, gt=0)
 
 
-class ScheduleConfig(_Section):
+class ScheduleConfig(Section):
     """Learning rate over steps: linear warm-up, then constant, cosine, or constant with a linear end.
 
     `decay_steps` is the length of the linear end of `constant` (0: none); all end at `final_factor` x lr.
@@ -60,12 +41,12 @@ class ScheduleConfig(_Section):
     final_factor: float = Field(default=0.0, ge=0, le=1)
 
 
-class EMAConfig(_Section):
+class EMAConfig(Section):
     decay: float = Field(default=0.999, gt=0, lt=1)
     warmup: bool = True
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """One run of the trainer. `task` names what is trained; `task_options` are its own keys."""
 
     name: str
@@ -96,7 +77,7 @@ class RunConfig(_Section):
         return self
 
 
-class TrainingFile(_Section):
+class TrainingFile(Section):
     """A whole file: where it writes, and its stages in order."""
 
     output: Path

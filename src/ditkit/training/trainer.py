@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
 from rich.console import Console
 from tqdm.auto import tqdm
@@ -52,7 +54,8 @@ def train(path: str | Path, overrides: list[str] | tuple[str, ...] = (), resume:
     for stage in file.stages:
         find(stage.task)
     stages = [file.output / stage.name for stage in file.stages]
-    if not resume and any(folder.exists() for folder in stages):
+    first_process = os.environ.get("RANK", "0") == "0"  # the others may come when it has begun to write
+    if first_process and not resume and any(folder.exists() for folder in stages):
         raise FileExistsError(
             f"{file.output} holds a run already: pass --resume to continue it or choose another output"
         )
@@ -85,6 +88,7 @@ def run_stage(run: configuration.RunConfig, folder: Path, earlier: dict[str, Pat
         trainer.export()
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    AcceleratorState._reset_state()  # the next stage may have another precision
 
 
 class Trainer:

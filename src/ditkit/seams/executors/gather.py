@@ -8,11 +8,14 @@ share a list.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as _sdpa
 
 from ditkit.seams.executors.blocks import BlockLists, Tiling
+from ditkit.seams.executors.dense import combine
 from ditkit.seams.layout import TokenLayout
 
 # Keys and values gathered at once stay about within a core's second-level cache (measured: 2 MiB is best, 8
@@ -44,98 +47,137 @@ def gather_blocks(
     """
     B, h, _, d = q.shape
     n, t = tiling.order.shape
-    image, text = layout.image_span, layout.text_span
+    image = layout.image_span
     many_b, many_h = lists.index.shape[0] > 1, lists.index.shape[1] > 1
 
-    def rows(x: Tensor) -> Tensor:
-        """(B, h, ..., d) -> (lists' B * lists' h, G, ..., d)."""
-        shape = x.shape[2:]
+    def heads(x: Tensor) -> Tensor:
+        """(B, h, ...) -> (P, G, ...): P have lists of their own, and G heads share each."""
         if many_b:
-            return x.reshape(B * h, 1, *shape) if many_h else x
-        return x.transpose(0, 1) if many_h else x.reshape(1, B * h, *shape)
+            return x.reshape(B * h, 1, *x.shape[2:]) if many_h else x
+        return x.transpose(0, 1) if many_h else x.reshape(1, B * h, *x.shape[2:])
 
-    qt, kt, vt = (rows(tiling.split(x[:, :, image])) for x in (q, k, v))  # (P, G, n, t, d)
-    P, G = qt.shape[:2]
-    # one line for each (P, tile): a list then picks whole lines                 (P * n, G, t, d)
-    qt, kt, vt = (x.transpose(1, 2).reshape(P * n, G, t, d) for x in (qt, kt, vt))
-    k_text, v_text = (rows(x[:, :, text]) for x in (k, v))  # (P, G, T, d)
-    visible = _key_rows(keys, layout, tiling, (B, h), (P, G), (many_b, many_h))
-
-    index = lists.index.reshape(P * n, -1)
-    parts, lines = [], []
+    P, G = heads(q).shape[:2]
+    queries = tiling.split(heads(q[:, :, image]), tiles_first=True).reshape(P * n, G, t, d)
+    source = _Source(heads(k), heads(v), _validity(keys, layout, (B, h), heads), tiling, layout)
+    source.pick(lists.index)
+    parts, order = [], []
+    out = torch.zeros_like(queries) if source.reuse else None  # lists that are empty stay so
     for group in lists.rows:
-        size = G * (group.length * t + k_text.shape[2]) * d * 2 * q.element_size()
-        for which in group.which.split(max(1, CHUNK_BYTES // max(size, 1))):
-            lines.append(which)
-            parts.append(
-                _one_chunk(qt, kt, vt, k_text, v_text, visible, index, which, group.length, n, scale)
-            )
-    out = torch.cat(parts)  # (P * n, G, t, d)
-    if len(lists.rows) > 1:
-        out = out.index_select(0, torch.cat(lines).argsort())
-    out = out.view(P, n, G, t, d).transpose(1, 2)  # (P, G, n, t, d)
-    out = (out.transpose(0, 1) if many_h and not many_b else out).reshape(B, h, n, t, d)
-    return with_text_queries(tiling.join(out), q, k, v, layout, keys, scale)
+        if not group.length and not layout.joint_text_length:
+            order.append(group.which)
+            parts.append(queries.new_zeros(len(group.which), G, t, d))
+            continue
+        size = G * (group.length * t + layout.joint_text_length) * d * 2 * q.element_size()
+        for which in group.which.split(max(1, CHUNK_BYTES // size)):
+            k_here, v_here, mask = source.collect(which, group.length)
+            part = _sdpa(queries.index_select(0, which), k_here, v_here, attn_mask=mask, scale=scale)
+            if out is not None:
+                out.index_copy_(0, which, part)
+            else:
+                order.append(which)
+                parts.append(part)
+    if out is None:
+        out = torch.cat(parts).index_select(0, torch.cat(order).argsort())  # (P * n, G, t, d)
+    out = tiling.join(out.view(P, n, G, t, d), tiles_first=True)  # (P, G, N, d)
+    out = (out.transpose(0, 1) if many_h and not many_b else out).reshape(B, h, -1, d)
+    return with_text_queries(out, q, k, v, layout, keys, scale)
 
 
-def _one_chunk(qt, kt, vt, k_text, v_text, visible, index, which, length, n, scale) -> Tensor:
-    """R lists of equal length -> (R, G, t, d)."""
-    R, (_, G, t, d) = which.shape[0], qt.shape
-    row = which // n  # (R,) which P
-    picked = (index.index_select(0, which)[:, :length] + (row * n)[:, None]).reshape(-1)
+def _validity(
+    keys: Tensor | None, layout: TokenLayout, sizes: tuple[int, int], heads: Callable[[Tensor], Tensor]
+) -> Tensor | None:
+    """(B or 1, L) -> (P or 1, G or 1, L)."""
+    if keys is None or keys.shape[0] == 1:
+        return keys if keys is None else keys[None]
+    return heads(keys[:, None].expand(*sizes, layout.length))
 
-    def collect(tiles: Tensor, text: Tensor) -> Tensor:
-        x = (
-            tiles.index_select(0, picked)
-            .view(R, length, G, t, d)
-            .transpose(1, 2)
-            .reshape(R, G, length * t, d)
-        )
-        if not text.shape[2]:
+
+class _Source:
+    """The keys and values that lists pick from: image tiles, and text behind them.
+
+    Args:
+        k, v: (P, G, L, d).
+        valid: (P or 1, G or 1, L), bool or additive; None when every key may be read.
+    """
+
+    def __init__(
+        self, k: Tensor, v: Tensor, valid: Tensor | None, tiling: Tiling, layout: TokenLayout
+    ) -> None:
+        self.P, self.G, _, self.d = k.shape
+        n, self.t = tiling.order.shape
+        T = layout.joint_text_length
+        # Text of whole tiles is picked like the image; otherwise it is appended, which copies once more.
+        self.text_tiles = T // self.t if T % self.t == 0 else 0
+        self.n, self.m = n, n + self.text_tiles
+        self.tables, self.rest = [], []
+        for x in (k, v):
+            image, text = tiling.split(x[:, :, layout.image_span]), x[:, :, layout.text_span]
+            if self.text_tiles:
+                image = torch.cat([image, text.unflatten(2, (self.text_tiles, self.t))], dim=2)
+            self.tables.append(image.reshape(self.P * self.G * self.m, self.t * self.d))
+            self.rest.append(text if T and not self.text_tiles else None)  # (P, G, T, d)
+        self.mask = self._mask(valid, tiling, layout)
+        # In training every chunk needs memory of its own; otherwise one buffer serves all of them.
+        grad = torch.is_grad_enabled() and any(x.requires_grad for x in (k, v))
+        self.reuse = not grad and not torch.compiler.is_compiling()
+        self.buffers: list[Tensor | None] = [None, None]
+
+    def _mask(self, valid: Tensor | None, tiling: Tiling, layout: TokenLayout) -> tuple[Tensor, Tensor] | None:
+        """Validity of the tiles (P or 1, G or 1, m, t) and of text that is appended (P or 1, G or 1, T)."""
+        if valid is None and tiling.valid is None:
+            return None
+        device = tiling.order.device
+        if valid is None:
+            valid = torch.ones(1, 1, layout.length, dtype=torch.bool, device=device)
+        text = valid[..., layout.text_span]
+        tiles = valid[..., layout.image_span][..., tiling.order]
+        if tiling.valid is not None:
+            tiles = combine(tiling.valid, tiles)
+        if self.text_tiles:
+            tiles = torch.cat([tiles, text.unflatten(-1, (self.text_tiles, self.t))], dim=-2)
+            text = text[..., :0]
+        return tiles, text
+
+    def pick(self, index: Tensor) -> None:
+        """Take the lists (B or 1, h or 1, n, K); text tiles go before the image tiles of each list."""
+        index = index.reshape(self.P * self.n, -1)
+        if self.text_tiles:
+            text = torch.arange(self.n, self.m, device=index.device)
+            index = torch.cat([text.expand(len(index), -1), index], dim=1)
+        self.index = index
+        first = torch.arange(self.P * self.G, device=index.device).view(self.P, 1, self.G, 1) * self.m
+        # Number of each tile's line in the tables.
+        self.lines = (first + index.view(self.P, self.n, 1, -1)).flatten(0, 1)  # (P * n, G, K)
+
+    def collect(self, which: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys, values (R, G, K, d) and mask (R, G or 1, 1, K) of R lists of one length."""
+        length += self.text_tiles
+        row = which // self.n  # (R,) which P
+        lines = self.lines.index_select(0, which)[:, :, :length]
+        k, v = (self._copy(place, lines, row) for place in (0, 1))
+        if self.mask is None:
+            return k, v, None
+        R = len(which)
+        valid, text = (x.index_select(0, row) if x.shape[0] > 1 else x.expand(R, *x.shape[1:]) for x in self.mask)
+        picked = self.index.index_select(0, which)[:, None, :length, None]
+        picked = picked.expand(-1, valid.shape[1], -1, self.t)
+        mask = torch.cat([valid.gather(2, picked).flatten(2), text], dim=-1)
+        return k, v, mask[:, :, None]
+
+    def _copy(self, place: int, lines: Tensor, row: Tensor) -> Tensor:
+        table, rest, flat = self.tables[place], self.rest[place], lines.reshape(-1)
+        if self.reuse:
+            buffer = self.buffers[place]
+            if buffer is None or len(buffer) < len(flat):
+                self.buffers[place] = buffer = table.new_empty(len(flat), table.shape[1])
+            x = torch.index_select(table, 0, flat, out=buffer[: len(flat)])
+        else:
+            x = table.index_select(0, flat)
+        x = x.view(*lines.shape[:2], -1, self.d)
+        if rest is None:
             return x
-        text = text.expand(R, -1, -1, -1) if text.shape[0] == 1 else text.index_select(0, row)
-        return torch.cat([x, text], dim=2)
-
-    queries = qt.index_select(0, which)
-    if length == 0 and k_text.shape[2] == 0:
-        return torch.zeros_like(queries)
-    mask = None
-    if visible is not None:
-        tiles, rest = visible  # (P * n, G', t), (P, G', T)
-        shared = tiles.shape[1]
-        mask = tiles.index_select(0, picked).view(R, length, shared, t).transpose(1, 2).reshape(R, shared, -1)
-        mask = torch.cat([mask, rest.index_select(0, row)], dim=-1)[:, :, None]  # (R, G', 1, K)
-    return _sdpa(queries, collect(kt, k_text), collect(vt, v_text), attn_mask=mask, scale=scale)
-
-
-def _key_rows(keys, layout, tiling, heads, lines, many) -> tuple[Tensor, Tensor] | None:
-    """Which keys may be read, in the order of the lines: tiles (P * n, G or 1, t) and text (P, G or 1, T)."""
-    if keys is None and tiling.valid is None:
-        return None
-    (B, h), (P, G), (many_b, many_h) = heads, lines, many
-    n, t = tiling.order.shape
-    if keys is None:
-        keys = torch.ones(1, layout.length, dtype=torch.bool, device=tiling.order.device)
-    tiles = keys[:, layout.image_span][:, tiling.order.reshape(-1)].view(-1, n, t)
-    if tiling.valid is not None:
-        tiles = (
-            tiles & tiling.valid
-            if keys.dtype == torch.bool
-            else tiles.masked_fill(~tiling.valid, float("-inf"))
-        )
-    text = keys[:, layout.text_span]
-
-    def spread(x: Tensor) -> Tensor:
-        """(B or 1, ...) -> (P, G or 1, ...)."""
-        if x.shape[0] == 1:
-            return x.expand(P, *x.shape[1:])[:, None]
-        x = x[:, None].expand(B, h, *x.shape[1:])
-        if many_b:
-            return x.reshape(P, G, *x.shape[2:])
-        return x.transpose(0, 1) if many_h else x.reshape(P, G, *x.shape[2:])
-
-    tiles = spread(tiles)  # (P, G or 1, n, t)
-    return tiles.transpose(1, 2).reshape(P * n, -1, t), spread(text)
+        rest = rest.expand(len(row), -1, -1, -1) if self.P == 1 else rest.index_select(0, row)
+        return torch.cat([x, rest], dim=2)
 
 
 def with_text_queries(

@@ -126,7 +126,7 @@ def gather_windows(
     if extra is not None:
         always = [torch.cat([x, more], dim=2) for x, more in zip(always, extra, strict=True)]
     T = always[0].shape[2]
-    qt = windows.tiling.split(q[:, :, layout.image_span]).flatten(0, 1).transpose(0, 1)  # (n, G, t, d)
+    qt = windows.tiling.split(q[:, :, layout.image_span].flatten(0, 1), tiles_first=True)  # (n, G, t, d)
     image = [x[:, :, layout.image_span].flatten(0, 1) for x in (k, v)]  # (G, N, d)
     always = [x.flatten(0, 1)[None] for x in always]  # (1, G, T, d)
     bias = windows.bias(T, q.dtype)
@@ -147,7 +147,7 @@ def gather_windows(
             k_here, v_here = (collect(x, text, which) for x, text in zip(image, always, strict=True))
             parts.append(_sdpa(qt.index_select(0, tiles), k_here, v_here, attn_mask=mask, scale=scale))
     out = torch.cat(parts).index_select(0, windows.back)  # (n, G, t, d)
-    out = windows.tiling.join(out.transpose(0, 1).unflatten(0, (B, h)))
+    out = windows.tiling.join(out, tiles_first=True).unflatten(0, (B, h))
     return with_text_queries(out, q, k, v, layout, keys, scale)
 
 

@@ -7,17 +7,16 @@ from typing import Any
 
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from torch import nn
 
+from ditkit.data.config import Section
 from ditkit.training.config import ConfigError, RunConfig
 from ditkit.training.order import BatchNoise
 
 
-class TaskOptions(BaseModel):
-    """A task's own keys (`task_options` in the file); unknown ones are errors."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+class TaskOptions(Section):
+    """A task's own keys (`task_options` in the file)."""
 
 
 class Task(nn.Module):
