@@ -3,8 +3,8 @@
     python benchmarks/attention_executors.py --threads 1 --json out/attention_executors.json
 
 Random tiles of 128 tokens for each query tile and head, float32 by default, no text. Dense attention and the
-executors take turns in one process; the figures are ratios of medians. A dense pass with a mask is there to show
-that masking alone does not pay. The disc rows are local windows; there, ideal counts the pairs of the discs.
+executors take turns in one process; the figures are ratios of medians. A dense pass with a mask is there to
+show that masking alone does not pay. The disc rows are local windows; there, ideal counts the discs' pairs.
 
 B batch, h heads, L tokens, d head dim.
 """
@@ -138,7 +138,7 @@ def main() -> None:
         parser.error(f"--json {options.json}: there is no folder {options.json.parent}")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    # As in a process that has run a model: freed memory stays with the process instead of being mapped again.
+    # As in a process that has run a model: freed memory stays with it instead of being mapped again.
     torch.ones(31 << 18)
     rows = [row for n in options.lengths for share in options.densities for row in blocks(n, share, options)]
     rows += [
