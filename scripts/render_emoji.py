@@ -29,8 +29,10 @@ SQUARE = 136
 COLUMNS = 64
 VARIATION_SELECTOR = "\ufe0f"
 JOINER = "\u200d"
-TONES = {chr(0x1F3FB + i): f"{name} skin tone" for i, name in enumerate(
-    ("light", "medium-light", "medium", "medium-dark", "dark"))}
+TONES = {
+    chr(0x1F3FB + i): f"{name} skin tone"
+    for i, name in enumerate(("light", "medium-light", "medium", "medium-dark", "dark"))
+}
 
 
 def caption(sequence: str) -> tuple[str, str]:
@@ -45,19 +47,29 @@ def caption(sequence: str) -> tuple[str, str]:
         return f"{unicodedata.name(bare[0], short.split(chr(58))[0]).lower()}: {TONES[bare[1]]}", "tone"
     if bare.endswith("\u20e3"):
         return short, "keycap"
-    short = short.replace("(", "").replace(")", "").replace("\u2019", "'").replace("\u201c", "").replace("\u201d", "")
+    short = (
+        short.replace("(", "")
+        .replace(")", "")
+        .replace("\u2019", "'")
+        .replace("\u201c", "")
+        .replace("\u201d", "")
+    )
     return short, "tone" if any(tone in bare for tone in TONES) else "joined"
 
 
 def render(sequence: str, font: ImageFont.FreeTypeFont, size: int) -> Image.Image:
     """The glyph box centred on a white square, scaled to `size` with antialiasing."""
     square = Image.new("RGB", (SQUARE, SQUARE), "white")
-    ImageDraw.Draw(square).text((0, (SQUARE - GLYPH[1]) // 2), sequence, font=font, embedded_color=True, anchor="lt")
+    ImageDraw.Draw(square).text(
+        (0, (SQUARE - GLYPH[1]) // 2), sequence, font=font, embedded_color=True, anchor="lt"
+    )
     return square.resize((size, size), Image.Resampling.LANCZOS)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--font", default="/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--out", type=Path, required=True)
@@ -85,7 +97,9 @@ def main() -> None:
     sheet = np.full((height * arguments.size, COLUMNS * arguments.size, 3), 255, np.uint8)
     for index, picture in enumerate(pictures):
         y, x = divmod(index, COLUMNS)
-        sheet[y * arguments.size : (y + 1) * arguments.size, x * arguments.size : (x + 1) * arguments.size] = picture
+        sheet[
+            y * arguments.size : (y + 1) * arguments.size, x * arguments.size : (x + 1) * arguments.size
+        ] = picture
     arguments.out.mkdir(parents=True, exist_ok=True)
     Image.fromarray(sheet).save(arguments.out / "sheet.webp", lossless=True, quality=100, method=6)
     facts = {"size": arguments.size, "columns": COLUMNS, "font": "Noto Color Emoji", "pictures": rows}

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from tiny_models import Tiny, output
 from torch import Tensor, nn
+
+from tiny_models import Tiny, output
 
 Before = Callable[[int], None]
 
@@ -38,7 +39,7 @@ def denoise(
         before: called with the index before each step; may raise to abort.
     """
     arguments = tiny.inputs(batch, seed, size)
-    other = tiny.inputs(batch, seed + 1000, size)
+    other = tiny.inputs(batch, seed + 1003, size)
     sample = arguments["hidden_states"]
     with torch.no_grad():
         for index in range(steps):
@@ -99,7 +100,7 @@ class Pipe:
     ) -> Tensor:
         """A generation; `start` > 0 begins inside the schedule, as img2img does."""
         arguments = self.tiny.inputs(batch, seed, size)
-        other = self.tiny.inputs(batch, seed + 1000, size)
+        other = self.tiny.inputs(batch, seed + 1003, size)
         sample = arguments["hidden_states"]
         self.scheduler.set_timesteps(steps)
         if start:

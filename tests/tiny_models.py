@@ -1,7 +1,7 @@
 """A tiny random instance of every transformer class that the anatomy knows, and inputs for it.
 
-`TINY` maps a name to a `Tiny`; `TINY[name].model()` builds the model, `.inputs()` the keyword arguments of one
-forward. Everything is seeded, so two calls give equal weights and equal inputs.
+`TINY` maps a name to a `Tiny`; `TINY[name].model()` builds the model, `.inputs()` the keyword arguments of
+one forward. Everything is seeded, so two calls give equal weights and equal inputs.
 """
 
 from __future__ import annotations
@@ -236,6 +236,12 @@ def _hunyuan_video_inputs(batch: int, seed: int, size: int) -> dict[str, Any]:
     }
 
 
+def _angles(tokens: int, pairs: int) -> Tensor:
+    """Rotary angles (tokens, 2 pairs) as a pipeline passes them: by position only, the same for all seeds."""
+    frequencies = 0.9 ** torch.arange(pairs)
+    return (torch.arange(tokens)[:, None] * frequencies).repeat_interleave(2, dim=1)
+
+
 def _cogvideox() -> nn.Module:
     from diffusers import CogVideoXTransformer3DModel
 
@@ -260,7 +266,7 @@ def _cogvideox() -> nn.Module:
 def _cogvideox_inputs(batch: int, seed: int, size: int) -> dict[str, Any]:
     frames, height, width = ((2, 8, 4), (3, 4, 8))[size]
     tokens = frames * (height // 2) * (width // 2)
-    angles = torch.randn(tokens, 8).repeat_interleave(2, dim=1)
+    angles = _angles(tokens, 8)
     return {
         "hidden_states": torch.randn(batch, frames, 4, height, width),
         "encoder_hidden_states": torch.randn(batch, 5, 24),
@@ -343,7 +349,7 @@ def _hunyuan_dit() -> nn.Module:
 def _hunyuan_dit_inputs(batch: int, seed: int, size: int) -> dict[str, Any]:
     sample = _square(batch, size)
     tokens = sample.shape[-2] * sample.shape[-1] // 4
-    angles = torch.randn(tokens, 8).repeat_interleave(2, dim=1)
+    angles = _angles(tokens, 8)
     mask = torch.ones(batch, 5)
     mask[:, 4] = 0
     return {

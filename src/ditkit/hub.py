@@ -22,7 +22,7 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32, **kwargs: Any) ->
         name: a bundled pipeline (`"micro-flux"`), a folder that `save_pretrained` wrote, or a hub repository
             `owner/name`. Only safetensors weights are read and no code of a repository is run.
         dtype: of the weights.
-        kwargs: passed on to `DiffusionPipeline.from_pretrained`, e.g. `revision` (name one: repositories change).
+        kwargs: passed on to `DiffusionPipeline.from_pretrained`, e.g. `revision`: repositories change.
 
     Raises:
         FileNotFoundError: neither a bundled name, nor a folder, nor of the form `owner/name`.

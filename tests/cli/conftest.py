@@ -28,14 +28,3 @@ def ditkit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         return CliRunner().invoke(app, shlex.split(line))
 
     return run
-
-
-def one_line_error(result: Result, code: int = 2) -> str:
-    """The message of a command that refused: one line on the error stream, nothing on the other one."""
-    assert result.exit_code == code, result.output
-    assert isinstance(result.exception, SystemExit)
-    assert "Traceback" not in result.output
-    lines = result.stderr.strip().splitlines()
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    return lines[0]

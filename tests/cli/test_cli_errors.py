@@ -6,9 +6,20 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import one_line_error
+from typer.testing import Result
 
 import ditkit.hub
+
+
+def one_line_error(result: Result, code: int = 2) -> str:
+    """The message of a command that refused: one line on the error stream, nothing on the other one."""
+    assert result.exit_code == code, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert "Traceback" not in result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
 
 
 @pytest.fixture(autouse=True)
@@ -126,3 +137,15 @@ def test_debug_shows_the_traceback(ditkit) -> None:
 
 def test_markup_in_a_message_is_text(ditkit) -> None:
     assert "'[bold]x[/]'" in one_line_error(ditkit("generate apple --with '[bold]x[/]'"))
+
+
+def test_a_pipeline_without_text(ditkit, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Labelled:
+        def __call__(self, class_labels): ...
+
+        def set_progress_bar_config(self, **_): ...
+
+    monkeypatch.setattr("ditkit.hub.load", lambda _: Labelled())
+    assert "--model any: Labelled takes no text prompt" in one_line_error(
+        ditkit("generate apple --model any")
+    )

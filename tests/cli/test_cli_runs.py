@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 TINY = "--steps 4 --size 16"
@@ -108,3 +109,27 @@ def test_emoji(ditkit, tmp_path: Path) -> None:
 @pytest.mark.parametrize("option", ["--out", "-o"])
 def test_short_names(ditkit, folder: Path, option: str) -> None:
     assert ditkit(f"generate apple -m {folder} {TINY} {option} short.png").exit_code == 0
+
+
+def test_eval(ditkit, folder: Path, tmp_path: Path) -> None:
+    result = ditkit(f"eval {folder} --count 3 --steps 2 --out found")
+    assert result.exit_code == 0, result.output
+    assert written(tmp_path) == {"found/eval.json", "found/pictures.png", "found/unseen.png"}
+    found = json.loads(Path("found/eval.json").read_text())
+    assert len(found["captions"]) == 3
+    assert sum(asked for _, asked in found["by_group"].values()) == 3
+    assert f"{100 * found['accuracy']:.1f} %" in result.stdout
+
+
+def test_convert(ditkit, tmp_path: Path) -> None:
+    from ditkit.models.dit import DiT
+
+    sizes = {"input_size": 4, "hidden_size": 24, "depth": 1, "num_heads": 2, "num_classes": 3}
+    torch.save(DiT(**sizes).state_dict(), "authors.pt")
+    refused = ditkit("convert authors.pt --out converted")
+    assert refused.exit_code == 2
+    assert "num_heads" in refused.stderr
+    assert written(tmp_path) == {"authors.pt"}
+    torch.save(DiT.from_pretrained, "unsafe.pt")
+    assert "can't be loaded safely" in ditkit("convert unsafe.pt --out converted").stderr
+    assert written(tmp_path) == {"authors.pt", "unsafe.pt"}

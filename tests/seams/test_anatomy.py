@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import TINY, Tiny, output
 from torch import nn
 
 import ditkit
 from ditkit.seams.anatomy import child, describe, known
 from ditkit.seams.errors import SeamError, UnsupportedModelError
+from tiny_models import TINY, Tiny, output
 
 every_class = pytest.mark.parametrize("tiny", TINY.values(), ids=TINY.keys())
 

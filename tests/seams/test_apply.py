@@ -11,16 +11,20 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
-from loops import Pipe, denoise
-from tiny_models import TINY, output
 from torch import nn
 
 import ditkit
 from ditkit.methods.taylorseer import TaylorSeer
 from ditkit.seams.apply import Host, apply
 from ditkit.seams.errors import ConflictError, UnsupportedModelError
+from loops import Pipe, denoise
+from tiny_models import TINY, output
 
-FLUX, PIXART, WAN = TINY["FluxTransformer2DModel"], TINY["PixArtTransformer2DModel"], TINY["WanTransformer3DModel"]
+FLUX, PIXART, WAN = (
+    TINY["FluxTransformer2DModel"],
+    TINY["PixArtTransformer2DModel"],
+    TINY["WanTransformer3DModel"],
+)
 
 
 def traces(model: nn.Module) -> list[str]:
@@ -68,7 +72,9 @@ def test_applying_twice_is_an_error_that_says_so() -> None:
 
 def test_two_methods_of_one_seam_are_refused_by_name_before_anything_is_hooked() -> None:
     model = FLUX.model()
-    with pytest.raises(ConflictError, match=r"TaylorSeer\(order=2\) and TaylorSeer\(interval=5\).*blocks seam"):
+    with pytest.raises(
+        ConflictError, match=r"TaylorSeer\(order=2\) and TaylorSeer\(interval=5\).*blocks seam"
+    ):
         ditkit.apply(model, TaylorSeer(order=2), TaylorSeer(interval=5))
     assert traces(model) == []
 
@@ -205,7 +211,9 @@ def test_saving_while_applied(tmp_path: Path) -> None:
     loaded = type(pipe.transformer).from_pretrained(tmp_path / "transformer")
     for name, value in pipe.transformer.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name])
-    assert type(FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "scheduler")) is type(pipe.scheduler)
+    assert type(FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "scheduler")) is type(
+        pipe.scheduler
+    )
 
 
 def test_report_reads_well() -> None:

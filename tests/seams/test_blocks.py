@@ -1,4 +1,4 @@
-"""Skipping the stack and replacing units: what is put in is what the head sees, what is skipped does not run."""
+"""Skipping the stack and replacing units: what is put in is seen, what is skipped does not run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import TINY, Tiny, output
 from torch import Tensor
 
 import ditkit
@@ -18,7 +17,9 @@ from ditkit.seams.anatomy import describe
 from ditkit.seams.apply import Host
 from ditkit.seams.blocks import Outputs, StackCache, UnitCache, UnitRef
 from ditkit.seams.errors import ConflictError, SeamError
+from ditkit.seams.stats import flop_counter
 from ditkit.seams.steps import Step
+from tiny_models import TINY, Tiny, output
 
 every_class = pytest.mark.parametrize("tiny", TINY.values(), ids=TINY.keys())
 
@@ -106,7 +107,7 @@ def test_replaced_units_and_their_norms_do_not_run(tiny: Tiny) -> None:
         for name in set(inner):
             module = model.get_submodule(name)
             for below, part in module.named_modules():
-                # A unit's own forward is replaced; what lies below it, or its functional, must not be reached.
+                # A unit's own forward is replaced: what lies below it must not be reached.
                 if below:
                     part.register_forward_hook(lambda *_, name=f"{name}.{below}": calls.append(name))
         sdpa = torch.nn.functional.scaled_dot_product_attention
@@ -186,7 +187,9 @@ def test_token_replace_and_two_part_modulation() -> None:
 
     hunyuan, qwen = TINY["HunyuanVideoTransformer3DModel"], TINY["QwenImageTransformer2DModel"]
     torch.manual_seed(0)
-    replaced = HunyuanVideoTransformer3DModel(**{**hunyuan.model().config, "image_condition_type": "token_replace"})
+    replaced = HunyuanVideoTransformer3DModel(
+        **{**hunyuan.model().config, "image_condition_type": "token_replace"}
+    )
     edited = QwenImageTransformer2DModel(**{**qwen.model().config, "zero_cond_t": True})
     inputs = {**qwen.inputs(), "img_shapes": [[(1, 2, 4), (1, 2, 4)]]}
     for model, arguments in ((replaced, hunyuan.inputs()), (edited, inputs)):
@@ -237,3 +240,14 @@ def test_chunked_feed_forward_is_refused_before_any_work() -> None:
 def test_a_start_beyond_the_depth_is_refused() -> None:
     with pytest.raises(SeamError, match="after must be 0 to 3"):
         ditkit.apply(TINY["FluxTransformer2DModel"].model(), Using(StackMemory(4)))
+
+
+def test_flops_are_counted_when_the_decision_falls_inside_the_forward() -> None:
+    tiny = TINY["FluxTransformer2DModel"]
+    model, cache = tiny.model(), StackMemory(after=1)
+    with torch.no_grad(), ditkit.apply(model, Using(cache)) as run, flop_counter() as counter:
+        for step, skip in enumerate([False, False, True, False, True, True, False]):
+            cache.skip = skip
+            model(**tiny.inputs(noise=1 - step / 8))
+    assert run.report().flops == counter.get_total_flops()
+    assert (run.report().steps_computed, run.report().steps_forecast) == (4, 3)

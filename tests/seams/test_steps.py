@@ -16,13 +16,13 @@ from diffusers import (
     StableDiffusion3Pipeline,
     WanPipeline,
 )
-from loops import Pipe, denoise
-from tiny_models import TINY
 
 import ditkit
 from ditkit.seams.apply import Host
 from ditkit.seams.errors import SeamError
 from ditkit.seams.steps import Step
+from loops import Pipe, denoise
+from tiny_models import TINY
 
 FLUX, PIXART, OWN = TINY["FluxTransformer2DModel"], TINY["PixArtTransformer2DModel"], TINY["DiT"]
 
@@ -283,7 +283,9 @@ def test_bare_abort_before_the_second_step() -> None:
 
 def test_bare_change_of_shape() -> None:
     model = FLUX.model()
-    arguments = [FLUX.inputs(size=size, noise=noise) for size, noise in ((0, 1.0), (0, 0.9), (1, 0.8), (1, 0.7))]
+    arguments = [
+        FLUX.inputs(size=size, noise=noise) for size, noise in ((0, 1.0), (0, 0.9), (1, 0.8), (1, 0.7))
+    ]
     diary = run(lambda: [model(**one) for one in arguments], model)
     assert diary.column("generation") == [0, 0, 1, 1]
     assert diary.column("index") == [0, 1, 0, 1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import TINY, Tiny, output
 from torch import Tensor, nn
 
 import ditkit
@@ -13,6 +12,7 @@ from ditkit.seams.apply import Host
 from ditkit.seams.errors import SeamError
 from ditkit.seams.steps import Step
 from ditkit.seams.tokens import TokenChoice
+from tiny_models import TINY, Tiny, output
 
 every_class = pytest.mark.parametrize("tiny", TINY.values(), ids=TINY.keys())
 
@@ -127,7 +127,10 @@ def test_per_token_modulation_follows_the_tokens() -> None:
 def test_refusals_name_the_class_and_the_reason() -> None:
     from diffusers import HunyuanVideoTransformer3DModel
 
-    config = {**TINY["HunyuanVideoTransformer3DModel"].model().config, "image_condition_type": "token_replace"}
+    config = {
+        **TINY["HunyuanVideoTransformer3DModel"].model().config,
+        "image_condition_type": "token_replace",
+    }
     with pytest.raises(SeamError, match=r"HunyuanVideoTransformer3DModel.*first frame"):
         ditkit.apply(HunyuanVideoTransformer3DModel(**config), Chosen(torch.arange(4)))
     tiny = TINY["FluxTransformer2DModel"]

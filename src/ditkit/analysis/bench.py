@@ -7,11 +7,12 @@ all of them, and times are medians. Errors are taken against dense sampling from
 from __future__ import annotations
 
 import gc
-import os
+import math
 import platform
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -39,7 +40,8 @@ PROMPTS = (
 """Captions that micro-flux knows; for other models they are as good as any."""
 
 Judge = Callable[[np.ndarray, Sequence[str]], float]
-"""`judge(pictures, prompts)`: the share of pictures (B, H, W, 3) that show what their prompt names."""
+"""`judge(pictures, prompts)`: the share of pictures (B, H, W, 3) that show what their prompt names; nan when
+it knows none of the prompts."""
 Progress = Callable[[str, int, int], None]
 """`progress(label, done, total)`, called before each generation."""
 
@@ -64,6 +66,7 @@ def bench(
     peers: bool = True,
     plain: bool = True,
     judge: Judge | None = None,
+    name: str | None = None,
     progress: Progress | None = None,
 ) -> BenchResult:
     """Compare ways to sample from one model.
@@ -78,6 +81,7 @@ def bench(
         peers: add other libraries' caches at the intervals of the methods.
         plain: add sampling with as many steps as each method computed.
         judge: gives the prompt accuracy; see `ditkit.analysis.evaluate`.
+        name: what the report calls the model; None for what was given, or the pipeline's class.
 
     Raises:
         UnknownNameError, OptionError, ValueError, TypeError: before any work, each naming the argument.
@@ -120,14 +124,14 @@ def bench(
     return BenchResult(
         rows=[entrant.row for entrant in everyone],
         prompts=prompts,
-        settings=_settings(model, pipe, sampling, repeats, batch),
+        settings=_settings(name or _name(model), pipe, sampling, repeats, batch),
         machine=machine(pipe),
         pictures={e.row.label: e.samples[0].pictures for e in everyone if e.samples},
     )
 
 
 def _pipeline(model: Any) -> Any:
-    if isinstance(model, (str, os.PathLike)):
+    if isinstance(model, (str, Path)):
         from ditkit.hub import load
 
         model = load(model)
@@ -230,12 +234,17 @@ def _fill(entrant: _Entrant, dense: _Entrant, judge: Judge | None, prompts: Sequ
     row.picture_error = metrics.relative_l2(mine.pictures, reference.pictures)
     row.picture_psnr = metrics.psnr(mine.pictures, reference.pictures, data_range=1.0)
     if judge is not None:
-        row.accuracy = judge(mine.pictures, prompts)
+        share = judge(mine.pictures, prompts)
+        row.accuracy = None if math.isnan(share) else share
 
 
-def _settings(model: Any, pipe: Any, sampling: Sampling, repeats: int, batch: int) -> dict[str, Any]:
+def _name(model: Any) -> str:
+    return str(model) if isinstance(model, (str, Path)) else type(model).__name__
+
+
+def _settings(name: str, pipe: Any, sampling: Sampling, repeats: int, batch: int) -> dict[str, Any]:
     return {
-        "model": str(model) if isinstance(model, (str, os.PathLike)) else type(pipe).__name__,
+        "model": name,
         "pipeline": type(pipe).__name__,
         "transformer": type(pipe.transformer).__name__,
         "parameters": sum(p.numel() for p in pipe.transformer.parameters()),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ditkit.analysis import pictures
-from ditkit.analysis.bench import PROMPTS, Progress, bench
+from ditkit.analysis.bench import PROMPTS, Judge, Progress, bench
 from ditkit.analysis.result import BenchResult
 from ditkit.analysis.sampling import Sampling
 
@@ -22,9 +22,11 @@ METHODS = (
 def demo(
     out: Path,
     model: Any = "micro-flux",
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[str] | None = None,
     sampling: Sampling | None = None,
     repeats: int = 3,
+    judge: Judge | None = None,
+    name: str | None = None,
     progress: Progress | None = None,
 ) -> BenchResult:
     """Draw `prompts` densely and with each of `METHODS`; write what was drawn and measured into `out`.
@@ -35,10 +37,21 @@ def demo(
     Args:
         out: folder, made when it is not there.
         model: a text-to-image pipeline, or what `ditkit.load` takes.
+        prompts: None for eight that micro-flux knows.
         repeats: timed rounds.
+        judge: gives the prompt accuracy; see `ditkit.analysis.bench`.
+        name: what the report calls the model.
     """
     result = bench(
-        model, METHODS, prompts, sampling=sampling, repeats=repeats, peers=False, progress=progress
+        model,
+        METHODS,
+        prompts or PROMPTS,
+        sampling=sampling,
+        repeats=repeats,
+        peers=False,
+        judge=judge,
+        name=name,
+        progress=progress,
     )
     rows = {_two_lines(row.label): result.pictures[row.label] for row in result.rows if row.kind != "plain"}
     pictures.save(pictures.sheet(rows, result.prompts), out / "demo.png")

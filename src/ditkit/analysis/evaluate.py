@@ -1,9 +1,9 @@
 """How often the bundled pipeline draws what it was asked for.
 
-Pictures are compared as 24 x 24 RGB pixels (area average, Euclidean distance). The measure suits a closed set
-of drawings on white: it sees colour and layout and not the fine texture that the autoencoder loses. How well it
-tells the set apart is measured with every result: `ceiling` is the share of the same captions whose true
-picture, sent through the autoencoder and back, is still nearest to itself.
+Pictures are compared as 24 x 24 RGB pixels (area average, Euclidean distance). The measure suits a closed
+set of drawings on white: it sees colour and layout and not the fine texture that the autoencoder loses. How
+well it tells the set apart is measured with every result: `ceiling` is the share of the same captions whose
+true picture, sent through the autoencoder and back, is still nearest to itself.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from ditkit.data.pictures import grid
 
 FEATURE_SIZE = 24
 UNSEEN = (
-    "red dog", "blue apple", "green heart", "purple cat face", "yellow car", "black star", "white rabbit",
-    "orange butterfly", "blue rose", "green apple with face", "cat astronaut", "dog with party hat",
-    "flag of the moon", "smiling sun with sunglasses", "woman robot", "snow dragon",
+    "red dog", "blue apple", "green heart with arrow", "purple cat face", "yellow car", "black star",
+    "white rabbit", "orange butterfly", "blue rose", "green apple with face", "cat astronaut",
+    "dog with party hat", "flag of the moon", "smiling sun with sunglasses", "woman robot", "snow dragon",
 )  # fmt: skip
 """Captions that are not in the set, of words that are."""
 
@@ -127,13 +127,21 @@ def evaluate(
         accuracy=float(right.mean()),
         ceiling=float((_through_autoencoder(model, judge, chosen) == chosen).mean()),
         captions=captions,
-        by_group={g: (int(right[groups == g].sum()), int((groups == g).sum())) for g in GROUPS if (groups == g).any()},
-        wrong=[(c, judge.dataset.captions[f]) for c, f, ok in zip(captions, found, right, strict=True) if not ok],
+        by_group={
+            g: (int(right[groups == g].sum()), int((groups == g).sum()))
+            for g in GROUPS
+            if (groups == g).any()
+        },
+        wrong=[
+            (c, judge.dataset.captions[f]) for c, f, ok in zip(captions, found, right, strict=True) if not ok
+        ],
         steps=steps,
         guidance=guidance,
         seconds=seconds,
         pictures=grid(images, columns=20),
-        unseen=grid(_draw(model, list(UNSEEN), steps, guidance, seed, batch)[0], columns=8) if unseen else None,
+        unseen=grid(_draw(model, list(UNSEEN), steps, guidance, seed, batch)[0], columns=8)
+        if unseen
+        else None,
     )
 
 

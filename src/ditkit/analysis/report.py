@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from ditkit.analysis.pictures import to_image
 from ditkit.analysis.plots import Point, scatter
-from ditkit.analysis.result import COLUMNS, BenchResult, Row, label
+from ditkit.analysis.result import BenchResult, Row, label
 
 _KINDS = {
     "dense": "dense sampling",
@@ -30,16 +30,15 @@ def render(result: BenchResult, title: str) -> str:
         result: rows and pictures of a comparison.
         title: heading and name of the page.
     """
+    columns = result.columns()
     numbered = list(enumerate(result.rows, start=1))
     return _template().render(
         title=title,
         prompts=result.prompts,
         kinds={kind: text for kind, text in _KINDS.items() if any(row.kind == kind for row in result.rows)},
         headline=headline(result),
-        columns=[name for name, _, _ in COLUMNS],
-        rows=[
-            {"number": i, "row": row, "cells": [show(row) for _, show, _ in COLUMNS]} for i, row in numbered
-        ],
+        columns=[name for name, _ in columns],
+        rows=[{"number": i, "row": row, "cells": [show(row) for _, show in columns]} for i, row in numbered],
         galleries=[
             {
                 "number": i,

@@ -8,7 +8,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ class Row:
             within a round.
         flops: floating-point operations in the transformer per picture; `flops_ratio` relative to dense.
         bytes_peak: largest tensor memory alive inside the transformer, beside the weights.
-        bytes_cached: tensor memory alive after the last step beyond that of dense sampling.
+        bytes_cached: the most tensor memory held between steps beyond that of dense sampling.
         latent_error, latent_psnr: relative L2 distance and PSNR (dB) of the final latents to dense.
         picture_error, picture_psnr: the same of the pictures.
         accuracy: share of pictures that the judge holds for what the prompt names.
@@ -101,18 +101,25 @@ class BenchResult:
 
         return write_text(path, render(self, title))
 
-    def table(self) -> Table:
-        """For `rich.print`: the columns that tell most, and only those that hold something."""
+    def columns(self, rank: int = 3) -> list[tuple[str, Callable[[Row], str]]]:
+        """Title and text of the columns up to that rank that hold something."""
+        return [(name, show) for name, show, least in COLUMNS if least <= rank and any(map(show, self.rows))]
+
+    def table(self, width: int = 120) -> Table:
+        """For `rich.print`: the columns that tell most in a terminal of that width."""
         from rich import box
         from rich.table import Table
 
         table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-        shown = [(name, show) for name, show, brief in COLUMNS if brief and any(map(show, self.rows))]
-        for name, _ in shown:
-            table.add_column(name, justify="left" if name == "sampling" else "right", overflow="fold")
+        columns = self.columns(rank=2 if width >= 110 else 1)
+        for name, _ in columns:
+            if name == "sampling":
+                table.add_column(name, min_width=20, overflow="fold")
+            else:
+                table.add_column(name, justify="right", min_width=len(max(name.split(), key=len)))
         styles = {"dense": "bold", "method": "green", "peer": "", "plain": "dim"}
         for row in self.rows:
-            table.add_row(*(show(row) for _, show in shown), style=styles.get(row.kind, ""))
+            table.add_row(*(show(row) for _, show in columns), style=styles.get(row.kind, ""))
         return table
 
 
@@ -173,18 +180,18 @@ def label(row: Row) -> str:
 
 
 COLUMNS = (
-    ("sampling", label, True),
-    ("steps", steps, True),
-    ("seconds", lambda row: seconds(row.seconds), True),
-    ("time x dense", lambda row: ratio(row.time_ratio), True),
-    ("FLOPs", lambda row: amount(row.flops), False),
-    ("FLOPs x dense", lambda row: ratio(row.flops_ratio), True),
-    ("cached", lambda row: size(row.bytes_cached), True),
-    ("peak", lambda row: size(row.bytes_peak), False),
-    ("latent error", lambda row: error(row.latent_error), True),
-    ("latent dB", lambda row: decibel(row.latent_psnr), False),
-    ("picture error", lambda row: error(row.picture_error), False),
-    ("picture dB", lambda row: decibel(row.picture_psnr), True),
-    ("right", lambda row: percent(row.accuracy), True),
+    ("sampling", label, 1),
+    ("steps", steps, 1),
+    ("seconds", lambda row: seconds(row.seconds), 1),
+    ("time / dense", lambda row: ratio(row.time_ratio), 1),
+    ("FLOPs", lambda row: amount(row.flops), 3),
+    ("FLOPs / dense", lambda row: ratio(row.flops_ratio), 2),
+    ("cached", lambda row: size(row.bytes_cached), 2),
+    ("peak", lambda row: size(row.bytes_peak), 3),
+    ("latent error", lambda row: error(row.latent_error), 1),
+    ("latent dB", lambda row: decibel(row.latent_psnr), 3),
+    ("picture error", lambda row: error(row.picture_error), 3),
+    ("picture dB", lambda row: decibel(row.picture_psnr), 2),
+    ("right", lambda row: percent(row.accuracy), 1),
 )
-"""Title and text of every column of the report, and whether the terminal shows it too."""
+"""Title and text of every column of the report, and its rank: a terminal shows 1, a wide one 2 too."""

@@ -84,12 +84,24 @@ def bench(
             batch=batch,
             peers=peers,
             plain=plain,
+            judge=judge_of(model),
+            name=model,
             progress=progress,
         )
-    result.settings["model"] = model
     show(result)
     written = [result.to_json(out / "bench.json"), result.to_csv(out / "bench.csv")]
     listed([*written, result.to_html(out / "bench.html")])
+
+
+def judge_of(model: str) -> Any:
+    """Who tells whether pictures show what their prompts name: the emoji set, for pipelines that draw it."""
+    from ditkit.hub import BUNDLED
+
+    if model not in BUNDLED:
+        return None
+    from ditkit.analysis.evaluate import Judge
+
+    return Judge()
 
 
 @contextlib.contextmanager
@@ -106,7 +118,7 @@ def bench_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 def show(result: Any) -> None:
     """The table on the terminal, and what could not be measured."""
-    console.print(result.table())
+    console.print(result.table(console.width))
     for row in result.rows:
         for note in row.notes:
             notices.print(f"{row.label}: {note}", highlight=False, markup=False)

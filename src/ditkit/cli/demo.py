@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ditkit.cli.bench import bench_bar, show
+from ditkit.cli.bench import bench_bar, judge_of, show
 from ditkit.cli.common import guarded, listed, writable_folder
 from ditkit.cli.generate import Guidance, Model, Seed, Size, Steps, load, parse_size
 
@@ -36,7 +36,13 @@ def demo(
     pipe = load(model)
     with bench_bar() as progress:
         result = library.demo(
-            out, pipe, sampling=Sampling(steps, guidance, pixels, seed), repeats=repeats, progress=progress
+            out,
+            pipe,
+            name=model,
+            sampling=Sampling(steps, guidance, pixels, seed),
+            repeats=repeats,
+            judge=judge_of(model),
+            progress=progress,
         )
     show(result)
     listed([out / "demo.png", out / "report.html"])

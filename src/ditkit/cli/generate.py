@@ -83,10 +83,16 @@ def generate(
 
 
 def load(model: str) -> Any:
-    """The pipeline, without its own progress bar: the commands have theirs."""
+    """The text-to-picture pipeline, without its own progress bar: the commands have theirs.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+        UsageError: it draws from something else than text.
+    """
     import diffusers
     import transformers
 
+    from ditkit.analysis.sampling import Sampling, call_arguments
     from ditkit.hub import load as from_hub
 
     for library in (diffusers, transformers):
@@ -94,6 +100,10 @@ def load(model: str) -> Any:
     with notices.status(f"loading {model}"):
         pipe = from_hub(model)
     pipe.set_progress_bar_config(disable=True)
+    try:
+        call_arguments(pipe, Sampling(), 1)
+    except TypeError as error:
+        raise UsageError(f"--model {model}: {error}") from None
     return pipe
 
 

@@ -1,4 +1,4 @@
-"""`ditkit train` and `ditkit eval`."""
+"""`ditkit train`: what a YAML file describes."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ditkit.data.config import DataConfig
 from ditkit.data.emoji import EmojiDataset, Split, is_held_out
-from ditkit.training.config import ConfigError, DataConfig
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -39,9 +39,15 @@ class FolderDataset:
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder of pictures at {folder}")
         files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-        files = [f for f in files if split == "all" or is_held_out(str(f.relative_to(folder))) == (split == "heldout")]
+        files = [
+            f
+            for f in files
+            if split == "all" or is_held_out(str(f.relative_to(folder))) == (split == "heldout")
+        ]
         if not files:
-            raise FileNotFoundError(f"no pictures ({', '.join(SUFFIXES)}) of the {split} split under {folder}")
+            raise FileNotFoundError(
+                f"no pictures ({', '.join(SUFFIXES)}) of the {split} split under {folder}"
+            )
         self.captions = [_caption(file) for file in files]
         self.classes = [file.parent.name for file in files]
         bar = tqdm(files, desc="reading pictures", delay=2)
@@ -59,10 +65,10 @@ def open_pictures(data: DataConfig, split: Split | None = None) -> Pictures:
     """The data set that a training file names; `split` overrides the file's."""
     if data.kind == "folder":
         if data.path is None:
-            raise ConfigError("data.path: needed for kind: folder")
+            raise ValueError("data.path: needed for kind: folder")
         return FolderDataset(data.path, data.size, split or data.split)
     if data.size != 64:
-        raise ConfigError(f"data.size: the emoji pictures are 64 pixels wide (got {data.size})")
+        raise ValueError(f"data.size: the emoji pictures are 64 pixels wide (got {data.size})")
     kwargs = {} if data.groups is None else {"groups": data.groups}
     return EmojiDataset(split or data.split, **kwargs)
 
@@ -72,10 +78,10 @@ def periods(data: DataConfig, pictures: Pictures) -> list[int] | None:
     if not data.every:
         return None
     if not isinstance(pictures, EmojiDataset):
-        raise ConfigError("data.every: only the emoji set has groups")
+        raise ValueError("data.every: only the emoji set has groups")
     unknown = sorted(set(data.every) - {row.group for row in pictures.rows})
     if unknown:
-        raise ConfigError(f"data.every: no group {unknown} in the data")
+        raise ValueError(f"data.every: no group {unknown} in the data")
     return [data.every.get(row.group, 1) for row in pictures.rows]
 
 
@@ -113,7 +119,8 @@ def _read(file: Path, size: int) -> np.ndarray:
         picture = image.convert("RGB")
     scale = size / min(picture.size)
     picture = picture.resize(
-        (max(size, round(picture.width * scale)), max(size, round(picture.height * scale))), Image.Resampling.LANCZOS
+        (max(size, round(picture.width * scale)), max(size, round(picture.height * scale))),
+        Image.Resampling.LANCZOS,
     )
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     return np.asarray(picture.crop((left, top, left + size, top + size)))

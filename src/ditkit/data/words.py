@@ -33,7 +33,11 @@ def word_tokenizer(captions: Iterable[str], max_length: int) -> PreTrainedTokeni
         single=f"$A {END}", special_tokens=[(END, vocabulary[END])]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN, model_max_length=max_length
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        unk_token=UNKNOWN,
+        model_max_length=max_length,
     )
 
 

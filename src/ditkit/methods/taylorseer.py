@@ -5,8 +5,9 @@ schedule marks steps as full. At a full step every module runs and leaves its di
 steps; at the others it does not run, its output F is forecast (equation 7, order O, distance k) and only
 modulation, gates and residuals are computed. O = 0 is plain reuse (FORA).
 
-Beyond the paper: `granularity="last-block"` forecasts one tensor, the whole stack's output; `expansion` and
-`coordinate` change the polynomial. The authors' form lags: see `ditkit.seams.extrapolate`.
+Beyond the paper: `granularity="last-block"` forecasts one tensor, the whole stack's output. Two weaknesses of
+the authors' series can be mended: it lags, so that orders above 1 gain little (`expansion="newton"`), and it
+continues the slope of two neighbouring warm-up steps over a whole interval (`reach=1`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ _WARMUP: dict[str, int] = {"dit": 2, "flux": 3, "hunyuan": 1, "wan": 1, "diffuse
     "method",
     "taylorseer",
     summary="compute every N-th step, forecast the features of the others by a Taylor series over past steps",
-    paper=Paper("From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers", "2503.06923", 2025),
+    paper=Paper(
+        "From Reusing to Forecasting: Accelerating Diffusion Models with TaylorSeers", "2503.06923", 2025
+    ),
     seam=("blocks",),
     neutral={"interval": 1},
 )
@@ -49,13 +52,17 @@ class TaylorSeer:
         order: O >= 0, the highest difference used. An order needs as many computed steps before it works.
         granularity: `"module"` forecasts the output of every attention and feed-forward module before its
             gate (the paper); `"last-block"` forecasts the output of the last block only, and no block runs.
-        schedule: whose full steps: the authors' code for DiT, FLUX, HunyuanVideo or Wan, which differ in their
-            warm-up, or diffusers' TaylorSeerCacheConfig.
+        schedule: whose full steps: those of the authors' code for DiT, FLUX, HunyuanVideo or Wan, which
+            differ in their warm-up, or of diffusers' TaylorSeerCacheConfig.
         warmup: W >= 0, full steps at the start; None: the schedule's own (2, 3, 1, 1, 3).
-        last_steps: so many steps at the end are computed too; needs a pipeline, whose scheduler tells the end.
-        factor_dtype: of the differences; `"model"` keeps the model's, as the authors do. In bfloat16 differences
-            of nearly equal tensors lose their digits.
+        last_steps: so many steps at the end are computed too; needs a pipeline, whose scheduler tells where
+            the end is.
+        factor_dtype: of the differences; `"model"` keeps the model's, as the authors do. In bfloat16
+            differences of nearly equal tensors lose their digits.
         expansion: `"authors"` or `"newton"`, see `ditkit.seams.extrapolate.Trajectory`.
+        reach: forecast with differences at most so many times the last gap between computed steps ahead,
+            beyond that by plain reuse; None: always, as the authors do. After the warm-up, whose steps are
+            one apart, their first interval continues that slope for N - 1 steps; `reach=1` does not.
         coordinate: what the features are a function of: the step's `"index"` (authors) or the scheduler's
             noise level `"sigma"` (the timestep where there is none).
 
@@ -71,6 +78,7 @@ class TaylorSeer:
     last_steps: int = 0
     factor_dtype: FactorDtype = "float32"
     expansion: Expansion = "authors"
+    reach: float | None = None
     coordinate: Literal["index", "sigma"] = "index"
 
     claims: ClassVar[frozenset[str]] = frozenset({"blocks"})
@@ -82,6 +90,8 @@ class TaylorSeer:
                 raise ValueError(f"{name} must be a whole number of at least {least}; got {value!r}")
         if self.warmup is not None and (not isinstance(self.warmup, int) or self.warmup < 0):
             raise ValueError(f"warmup must be a whole number of at least 0 or None; got {self.warmup!r}")
+        if self.reach is not None and not self.reach > 0:
+            raise ValueError(f"reach must be a number above 0 or None; got {self.reach!r}")
         choices = {
             "granularity": get_args(Granularity),
             "schedule": get_args(Schedule),
@@ -117,8 +127,8 @@ class TaylorSeer:
         return full
 
     def highest_order(self, visit: int) -> int:
-        """Highest difference that may be taken at this forward: none during the authors' warm-up, except at its
-        last step; diffusers has no such guard."""
+        """Highest difference that may be taken at this forward: none during the authors' warm-up, except at
+        its last step; diffusers has no such guard."""
         if self.schedule == "diffusers" or visit > self.warmup_steps - 2:
             return self.order
         return 0
@@ -198,7 +208,10 @@ class _State:
         track = self._tracks[step.branch]
         known = track.trajectories.get(index)
         if known is None or len(known) != len(outputs):
-            known = [Trajectory(self.options.order, self.options.expansion, self._dtype) for _ in outputs]
+            options = self.options
+            known = [
+                Trajectory(options.order, options.expansion, self._dtype, options.reach) for _ in outputs
+            ]
             track.trajectories[index] = known
         for trajectory, output in zip(known, outputs, strict=True):
             trajectory.add(track.x, output, track.order)
@@ -218,9 +231,10 @@ class _State:
         elif not self._forecast:
             first = max(options.warmup_steps, 1) + (2 if options.schedule == "diffusers" else 1)
             notes.append(
-                f"TaylorSeer: nothing was forecast in {self._longest} steps. With warmup={options.warmup_steps} "
-                f"and last_steps={options.last_steps} the first forecast comes at step {first} of at least "
-                f"{first + options.last_steps}: use more steps or a shorter warm-up."
+                f"TaylorSeer: nothing was forecast in {self._longest} steps. With "
+                f"warmup={options.warmup_steps} and last_steps={options.last_steps} the first forecast comes "
+                f"at step {first} of at least {first + options.last_steps}: use more steps or a shorter "
+                "warm-up."
             )
         else:
             limit = (self._full + self._forecast) / self._full
@@ -230,13 +244,13 @@ class _State:
             )
         if self._forecast and self._order_reached < options.order:
             notes.append(
-                f"TaylorSeer: order={options.order} was never reached: too few steps were computed; the highest "
-                f"order used was {self._order_reached}."
+                f"TaylorSeer: order={options.order} was never reached: too few steps were computed; the "
+                f"highest order used was {self._order_reached}."
             )
         if self._end_unknown:
             notes.append(
-                f"TaylorSeer: last_steps={options.last_steps} had no effect: without a pipeline's scheduler the "
-                "end of a generation is not known."
+                f"TaylorSeer: last_steps={options.last_steps} had no effect: without a pipeline's scheduler "
+                "the end of a generation is not known."
             )
         return notes
 

@@ -6,8 +6,6 @@ Nothing is written before every key is known to fit. How files are read: `weight
 from __future__ import annotations
 
 import math
-import shutil
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ditkit import registry
+from ditkit.files import whole_file
 from ditkit.models.dit import SIZES, VARIANTS
 from ditkit.models.weight_files import ConversionError, listed, read_weights
 
@@ -265,13 +264,7 @@ def _write(model: Any, output: Path, progress: Progress | None) -> None:
     total = sum(value.nbytes for value in model.state_dict().values())
     if progress:
         progress("write", 0, total)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part = output.with_name(f".{output.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
+    with whole_file(output) as part:  # a folder here; an empty one in its place is replaced
         model.save_pretrained(part)
-        part.replace(output)  # over an empty folder too
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     if progress:
         progress("write", total, total)

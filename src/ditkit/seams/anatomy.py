@@ -113,7 +113,7 @@ class Anatomy:
         """Where text and picture lie in the attention sequence of a forward with these arguments.
 
         Raises:
-            SeamError: the tokens are not one raster grid (e.g. a reference image of another size is appended).
+            SeamError: the tokens are not one raster grid (e.g. a reference image was appended).
         """
         states = [arguments[name] for name in self.encoder if arguments.get(name) is not None]
         masks = [arguments[name] for name in self.text_mask if arguments.get(name) is not None]
@@ -128,8 +128,8 @@ class Anatomy:
         if sample.ndim == 3 and sample.shape[1] != layout.image_length:
             frames, height, width = layout.grid
             raise SeamError(
-                f"{self.name}: {sample.shape[1]} image tokens are not one {frames} x {height} x {width} grid; "
-                "methods that need the grid can't be applied to this call"
+                f"{self.name}: {sample.shape[1]} image tokens are not one {frames} x {height} x {width} "
+                "grid; methods that need the grid can't be applied to this call"
             )
         return layout
 

@@ -10,6 +10,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from ditkit.seams.anatomy import Stack, child
@@ -91,6 +92,9 @@ class BlockSeam:
         self.units = tuple(self._list_units())
         self._stack: StackCache | None = None
         self._unit_cache: UnitCache | None = None
+        self._skips: Any = None
+        self._store: Any = None
+        self._recall: Any = None
         self._open = False
         self._skipping = False
         self._replaced: Sequence[bool] = ()
@@ -113,6 +117,8 @@ class BlockSeam:
         if not 0 <= cache.after < self.depth:
             raise SeamError(f"after must be 0 to {self.depth - 1} for this model; got {cache.after}")
         self._stack = cache
+        self._skips = torch.compiler.disable(cache.skips)
+        self._store, self._recall = torch.compiler.disable(cache.store), torch.compiler.disable(cache.recall)
         for place, (stack, _, block) in enumerate(self._blocks):
             self._host.hooks.around(block, "block", _bound(self._run_block, place, stack))
 
@@ -126,6 +132,7 @@ class BlockSeam:
         self._claim()
         self._refuse_chunks()
         self._unit_cache = cache
+        self._store, self._recall = torch.compiler.disable(cache.store), torch.compiler.disable(cache.recall)
         for place, (stack, _, block) in enumerate(self._blocks):
             if stack.per_token:
                 self._host.hooks.around(block, "block", _bound(self._look_at_block, place, stack))
@@ -160,6 +167,7 @@ class BlockSeam:
 
     # Skipping blocks.
 
+    @torch.compiler.disable(recursive=False)
     def _run_block(
         self, place: int, stack: Stack, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -168,20 +176,21 @@ class BlockSeam:
             return forward(*args, **kwargs)
         step = self._host.clock.step
         if place == cache.after > 0:
-            self._skipping = cache.skips(step, _argument(stack, "hidden_states", args, kwargs))
+            self._skipping = self._skips(step, _argument(stack, "hidden_states", args, kwargs))
         last = place == self.depth - 1
         if self._skipping and place >= cache.after:
             hidden = _argument(stack, "hidden_states", args, kwargs)
             if last:
-                hidden = cache.recall(step, hidden)
+                hidden = self._recall(step, hidden)
             return _returned(stack, hidden, args, kwargs)
         output = forward(*args, **kwargs)
         if last:
-            cache.store(step, _hidden(stack, output))
+            self._store(step, _hidden(stack, output))
         return output
 
     # Replacing units.
 
+    @torch.compiler.disable(recursive=False)
     def _look_at_block(
         self, place: int, stack: Stack, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -191,20 +200,21 @@ class BlockSeam:
         )
         return forward(*args, **kwargs)
 
+    @torch.compiler.disable(recursive=False)
     def _run_unit(
         self, unit: UnitRef, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        cache = self._unit_cache
-        if cache is None or not self._open:
+        if not self._open:
             return forward(*args, **kwargs)
         step = self._host.clock.step
         if self._replaced[unit.index]:
-            outputs = cache.recall(step, unit)
+            outputs = self._recall(step, unit)
             return outputs[0] if len(outputs) == 1 else outputs
         output = forward(*args, **kwargs)
-        cache.store(step, unit, (output,) if isinstance(output, Tensor) else tuple(output))
+        self._store(step, unit, (output,) if isinstance(output, Tensor) else tuple(output))
         return output
 
+    @torch.compiler.disable(recursive=False)
     def _run_bypass(
         self,
         place: int,
@@ -252,13 +262,19 @@ class BlockSeam:
         for stack, index, block in self._blocks:
             if getattr(block, "_chunk_size", None) is not None:
                 raise SeamError(
-                    f"{stack.path}.{index} runs its feed-forward in chunks; call disable_forward_chunking() first"
+                    f"{stack.path}.{index} runs its feed-forward in chunks; call disable_forward_chunking() "
+                    "first"
                 )
 
 
 def _bound(function: Any, *first: Any) -> Any:
-    """`functools.partial` for hooks (a closure is cheaper to call with positional tails)."""
+    """A hook's function with its first arguments filled in.
 
+    Not compiled, since it keeps tensors between forwards: under `torch.compile` each hooked module is a graph
+    break, and the modules themselves are compiled.
+    """
+
+    @torch.compiler.disable(recursive=False)
     def around(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return function(*first, forward, args, kwargs)
 

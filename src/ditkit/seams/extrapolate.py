@@ -18,24 +18,33 @@ class Trajectory:
     """Differences D_0 .. D_order of one tensor at the latest sample.
 
     Two expansions:
-    - `"authors"` (TaylorSeer, arXiv 2503.06923, and its code): D_{i+1} = (D_i - D_i at x_1) / (x_0 - x_1), the
-      latest gap at every order, and f(x) = sum D_i k^i / i!. The first difference is the slope in the middle of
-      the last gap d, not at x_0, and the series leaves that lag of k d D_2 / 2 uncorrected at any order.
+    - `"authors"` (TaylorSeer, arXiv 2503.06923, and its code): D_{i+1} = (D_i - D_i at x_1) / (x_0 - x_1),
+      the latest gap at every order, and f(x) = sum D_i k^i / i!. The first difference is the slope in the
+      middle of the last gap d, not at x_0, and the series leaves that lag, k d D_2 / 2, at any order.
     - `"newton"`: divided differences, D_{i+1} = (D_i - D_i at x_1) / (x_0 - x_{i+1}), and
-      f(x) = sum D_i (x - x_0) .. (x - x_{i-1}): the polynomial through the last samples, for gaps of any size.
+      f(x) = sum D_i (x - x_0) .. (x - x_{i-1}): the polynomial through the last samples, whatever the gaps.
     Both are the same line at order 1 and the last value at order 0.
 
     Args:
         order: highest difference kept, >= 0.
         expansion: see above.
+        reach: differences are used up to so many times the last gap ahead of x_0, beyond that the last value
+            alone; None: however far. A slope measured over one step says little about the fifth step from it.
         dtype: in which differences are kept and evaluated; None: that of the values.
     """
 
-    def __init__(self, order: int, expansion: Expansion = "authors", dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        order: int,
+        expansion: Expansion = "authors",
+        dtype: torch.dtype | None = None,
+        reach: float | None = None,
+    ) -> None:
         if expansion not in get_args(Expansion):
             raise ValueError(f"expansion must be one of {', '.join(get_args(Expansion))}; got {expansion!r}")
         self.order = order
         self.expansion = expansion
+        self.reach = reach
         self.factors: list[Tensor] = []
         self._samples: list[float] = []
         self._dtype = dtype
@@ -67,10 +76,10 @@ class Trajectory:
         self._samples = [x, *self._samples][: self.order + 1]
 
     def at(self, x: float) -> Tensor:
-        """The forecast at x, in the dtype of the values. At order 0 the stored tensor itself: don't write to it."""
+        """The forecast at x, in the dtype of the values. At order 0 the stored tensor: don't write to it."""
         forecast = self.factors[0]
         weights = self._weights(x)
-        for i in range(1, len(self.factors)):
+        for i in range(1, len(weights)):
             if i == 1:
                 forecast = torch.add(forecast, self.factors[1], alpha=weights[1])
             else:
@@ -79,12 +88,20 @@ class Trajectory:
 
     def _weights(self, x: float) -> list[float]:
         k = x - self._samples[0]
+        if len(self.factors) == 1 or self._too_far(k):
+            return [1.0]
         if self.expansion == "authors":
             return [k**i / math.factorial(i) for i in range(len(self.factors))]
         weights = [1.0]
         for sample in self._samples[: len(self.factors) - 1]:
             weights.append(weights[-1] * (x - sample))
         return weights
+
+    def _too_far(self, k: float) -> bool:
+        # A hair of slack: noise levels are not whole numbers.
+        return self.reach is not None and abs(k) > 1.000001 * self.reach * abs(
+            self._samples[0] - self._samples[1]
+        )
 
 
 def _owned(value: Tensor) -> Tensor:

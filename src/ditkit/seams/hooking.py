@@ -20,7 +20,8 @@ class Around(ModelHook):
         self._around = around
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self._around(self.fn_ref.original_forward, args, kwargs)
+        reference: Any = self.fn_ref
+        return self._around(reference.original_forward, args, kwargs)
 
 
 @dataclass
@@ -117,7 +118,7 @@ def _drop(registry: HookRegistry, name: str) -> None:
 
 def _pass_through(hook: ModelHook) -> None:
     """Make a hook that can't be taken out of the chain do nothing."""
-    reference = hook.fn_ref
+    reference: Any = hook.fn_ref
     original = reference.original_forward or reference.forward
     reference.forward = original
     reference.pre_forward = lambda module, *args, **kwargs: (args, kwargs)

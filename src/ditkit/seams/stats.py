@@ -106,8 +106,8 @@ class Stats:
     seconds: float = 0.0
     bytes_cached: int = 0
     branches: dict[str, Counter[str]] = field(default_factory=dict)
-    kinds: dict[Hashable, Count] = field(default_factory=dict)
-    forwards: Counter[Hashable] = field(default_factory=Counter)
+    kinds: dict[tuple[Hashable, Hashable], Count] = field(default_factory=dict)
+    forwards: Counter[tuple[Hashable, Hashable]] = field(default_factory=Counter)
     dense_kind: dict[Hashable, Hashable] = field(default_factory=dict)
     densities: list[tuple[float, int]] = field(default_factory=list)
     modes: list[Callable[[], Hashable]] = field(default_factory=list)
@@ -140,6 +140,11 @@ class Stats:
         self.forwards[shapes, kind] += 1
         if computed:
             self.dense_kind.setdefault(shapes, kind)
+
+    def misses(self, shapes: Hashable) -> bool:
+        """Has a forward of these shapes run in a way that was not counted? How a forward runs may be decided
+        in its midst; then the next ones are counted until that way comes again."""
+        return any(key[0] == shapes and key not in self.kinds for key in self.forwards)
 
     def flops(self) -> tuple[int, int] | None:
         """FLOPs of all forwards as they ran and as the dense model would have; None when not counted."""

@@ -11,61 +11,42 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
+
+from ditkit.data.config import DataConfig, Section
 
 
 class ConfigError(ValueError):
     """A training file that can't be used; the message names the key and what was seen."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-
-class DataConfig(_Section):
-    """Which pictures. `every: {tone: 4}` shows a quarter of that group in each epoch, in turn."""
-
-    kind: Literal["emoji", "folder"] = "emoji"
-    path: Path | None = None
-    size: int = Field(64, ge=8)
-    split: Literal["all", "train", "heldout"] = "train"
-    groups: list[str] | None = None
-    every: dict[str, int] = {}
-
-    @model_validator(mode="after")
-    def _folder_has_path(self) -> DataConfig:
-        if self.kind == "folder" and self.path is None:
-            raise ValueError("kind: folder needs path")
-        return self
-
-
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     kind: Literal["adamw", "muon"] = "adamw"
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(default=1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(0.0, ge=0)
-    eps: float = Field(1e-8, gt=0)
-    clip_grad_norm: float | None = Field(None, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    eps: float = Field(default=1e-8, gt=0)
+    clip_grad_norm: float | None = Field(default=None, gt=0)
 
 
-class ScheduleConfig(_Section):
+class ScheduleConfig(Section):
     """Learning rate over steps: linear warm-up, then constant, cosine, or constant with a linear end.
 
     `decay_steps` is the length of the linear end of `constant` (0: none); all end at `final_factor` x lr.
     """
 
     kind: Literal["constant", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
-    decay_steps: int = Field(0, ge=0)
-    final_factor: float = Field(0.0, ge=0, le=1)
+    warmup_steps: int = Field(default=0, ge=0)
+    decay_steps: int = Field(default=0, ge=0)
+    final_factor: float = Field(default=0.0, ge=0, le=1)
 
 
-class EMAConfig(_Section):
-    decay: float = Field(0.999, gt=0, lt=1)
+class EMAConfig(Section):
+    decay: float = Field(default=0.999, gt=0, lt=1)
     warmup: bool = True
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """One run of the trainer. `task` names what is trained; `task_options` are its own keys."""
 
     name: str
@@ -73,28 +54,30 @@ class RunConfig(_Section):
     task_options: dict[str, Any] = {}
     seed: int = 0
     steps: int = Field(ge=1)
-    batch_size: int = Field(64, ge=1, description="over all processes and accumulation steps")
-    accumulation: int = Field(1, ge=1)
+    batch_size: int = Field(default=64, ge=1, description="over all processes and accumulation steps")
+    accumulation: int = Field(default=1, ge=1)
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     ema: EMAConfig | None = EMAConfig()
-    log_every: int = Field(20, ge=1)
-    sample_every: int = Field(0, ge=0, description="0: never")
-    checkpoint_every: int = Field(500, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
-    heldout_every: int = Field(0, ge=0, description="0: never")
+    log_every: int = Field(default=20, ge=1)
+    sample_every: int = Field(default=0, ge=0, description="0: never")
+    checkpoint_every: int = Field(default=500, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    heldout_every: int = Field(default=0, ge=0, description="0: never")
     tracker: str | None = "tensorboard"
 
     @model_validator(mode="after")
     def _divisible(self) -> RunConfig:
         if self.batch_size % self.accumulation:
-            raise ValueError(f"batch_size={self.batch_size} is not a multiple of accumulation={self.accumulation}")
+            raise ValueError(
+                f"batch_size={self.batch_size} is not a multiple of accumulation={self.accumulation}"
+            )
         return self
 
 
-class TrainingFile(_Section):
+class TrainingFile(Section):
     """A whole file: where it writes, and its stages in order."""
 
     output: Path
@@ -160,19 +143,27 @@ def _override(raw: dict[str, Any], text: str) -> None:
         elif len(raw["stages"]) == 1:
             node = raw["stages"][0]
         else:
-            raise ConfigError(f"override {text!r}: begin with a stage name ({', '.join(map(str, named))}) or output")
+            raise ConfigError(
+                f"override {text!r}: begin with a stage name ({', '.join(map(str, named))}) or output"
+            )
     if not parts:
         raise ConfigError(f"override {text!r} names a stage, not a key in it")
-    for part in parts[:-1]:
+    *path, last = parts
+    for part in path:
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
-                raise ConfigError(f"override {text!r}: {part!r} is not one of the {len(node)} stages' numbers")
+                raise ConfigError(
+                    f"override {text!r}: {part!r} is not one of the {len(node)} stages' numbers"
+                )
             node = node[int(part)]
         else:
             node = node.setdefault(part, {})
         if not isinstance(node, dict | list):
             raise ConfigError(f"override {text!r}: {part!r} holds a value, not keys")
     try:
-        node[parts[-1]] = yaml.safe_load(value)
+        parsed = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {text!r}: {error}") from error
+    if not isinstance(node, dict):
+        raise ConfigError(f"override {text!r}: name a key of the stage too")
+    node[last] = parsed

@@ -24,7 +24,12 @@ def create(config: OptimizerConfig, model: nn.Module) -> list[torch.optim.Optimi
     optimizers: list[torch.optim.Optimizer] = []
     if rest:
         adamw = torch.optim.AdamW(
-            rest, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, foreach=True
+            rest,
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            foreach=True,
         )
         optimizers.append(adamw)
     if matrices:

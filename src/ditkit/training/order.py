@@ -72,7 +72,9 @@ class BatchNoise:
     and accumulation steps changes nothing.
     """
 
-    def __init__(self, seed: int, step: int, batch_size: int, rows: torch.Tensor, device: torch.device) -> None:
+    def __init__(
+        self, seed: int, step: int, batch_size: int, rows: torch.Tensor, device: torch.device
+    ) -> None:
         self._generator = torch.Generator().manual_seed(mix(seed, step, 1))
         self._batch_size = batch_size
         self._rows = rows
@@ -90,5 +92,7 @@ class BatchNoise:
 def split_rows(batch_size: int, parts: int) -> Iterator[torch.Tensor]:
     """The rows of a batch in `parts` equal, contiguous pieces."""
     if batch_size % parts:
-        raise ValueError(f"batch_size={batch_size} can't be shared equally by {parts} (processes x accumulation)")
+        raise ValueError(
+            f"batch_size={batch_size} can't be shared equally by {parts} (processes x accumulation)"
+        )
     yield from torch.arange(batch_size).chunk(parts)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
 from rich.console import Console
 from tqdm.auto import tqdm
@@ -52,8 +54,11 @@ def train(path: str | Path, overrides: list[str] | tuple[str, ...] = (), resume:
     for stage in file.stages:
         find(stage.task)
     stages = [file.output / stage.name for stage in file.stages]
-    if not resume and any(folder.exists() for folder in stages):
-        raise FileExistsError(f"{file.output} holds a run already: pass --resume to continue it or choose another output")
+    first_process = os.environ.get("RANK", "0") == "0"  # the others may come when it has begun to write
+    if first_process and not resume and any(folder.exists() for folder in stages):
+        raise FileExistsError(
+            f"{file.output} holds a run already: pass --resume to continue it or choose another output"
+        )
     earlier: dict[str, Path] = {}
     for stage, folder in zip(file.stages, stages, strict=True):
         if not (folder / "export").is_dir():
@@ -83,12 +88,15 @@ def run_stage(run: configuration.RunConfig, folder: Path, earlier: dict[str, Pat
         trainer.export()
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    AcceleratorState._reset_state()  # the next stage may have another precision
 
 
 class Trainer:
     """The loop of one stage."""
 
-    def __init__(self, run: configuration.RunConfig, folder: Path, task: Task, accelerator: Accelerator) -> None:
+    def __init__(
+        self, run: configuration.RunConfig, folder: Path, task: Task, accelerator: Accelerator
+    ) -> None:
         self.run, self.folder, self.task, self.accelerator = run, folder, task, accelerator
         self.names, self.parameters = _trainable(task)
         self.order = SampleOrder(task.sample_count, mix(run.seed, 7), task.sample_periods())
@@ -107,7 +115,9 @@ class Trainer:
     def fit(self) -> None:
         run, accelerator = self.run, self.accelerator
         if accelerator.is_main_process and run.tracker:
-            accelerator.init_trackers("tracker", config={"name": run.name, "seed": run.seed, "steps": run.steps})
+            accelerator.init_trackers(
+                "tracker", config={"name": run.name, "seed": run.seed, "steps": run.steps}
+            )
         bar = tqdm(
             total=run.steps, initial=self.step, desc=run.name, unit="step",
             disable=not accelerator.is_main_process, mininterval=2.0,
@@ -157,7 +167,8 @@ class Trainer:
         if not math.isfinite(float(totals["loss"])):
             raise TrainingError(
                 f"{run.name}: the loss at step {self.step} is {float(totals['loss'])}; "
-                f"the last checkpoint in {self.folder / 'checkpoints'} is kept. Lower optimizer.lr or clip gradients."
+                f"the last checkpoint in {self.folder / 'checkpoints'} is kept. "
+                "Lower optimizer.lr or clip gradients."
             )
         return totals
 
@@ -223,7 +234,11 @@ class Trainer:
                 shadow = average.pop("shadow_params")
                 tensors["ema"] = dict(zip(self.names, shadow, strict=True))
                 state["ema"] = average
-            ckpt.write(self.folder / "checkpoints", ckpt.Checkpoint(self.step, tensors, state), self.run.keep_checkpoints)
+            ckpt.write(
+                self.folder / "checkpoints",
+                ckpt.Checkpoint(self.step, tensors, state),
+                self.run.keep_checkpoints,
+            )
         self.accelerator.wait_for_everyone()
 
     def _restore(self) -> None:
@@ -236,7 +251,9 @@ class Trainer:
             )
         for name, parameter in zip(self.names, self.parameters, strict=True):
             parameter.data.copy_(saved.tensors["model"][name])
-        for index, (optimizer, facts) in enumerate(zip(self.optimizers, saved.state["optimizers"], strict=True)):
+        for index, (optimizer, facts) in enumerate(
+            zip(self.optimizers, saved.state["optimizers"], strict=True)
+        ):
             optimizer.load_state_dict(ckpt.unpack_optimizer(saved.tensors[f"optimizer-{index}"], facts))
         if self.ema:
             shadow = [saved.tensors["ema"][name].to(self.accelerator.device) for name in self.names]
@@ -271,12 +288,14 @@ class Trainer:
 
 
 class _Averaged:
-    """Context in which the trained parameters hold their average."""
+    """Context in which the trained parameters hold their average and nothing records gradients."""
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
 
     def __enter__(self) -> None:
+        self.no_grad = torch.no_grad()
+        self.no_grad.__enter__()
         self.training = self.trainer.task.training
         self.trainer.task.eval()
         if self.trainer.ema:
@@ -287,6 +306,7 @@ class _Averaged:
         if self.trainer.ema:
             self.trainer.ema.restore(self.trainer.parameters)
         self.trainer.task.train(self.training)
+        self.no_grad.__exit__(None, None, None)
 
 
 def learning_rate_factor(run: configuration.RunConfig, step: int) -> float:

@@ -32,6 +32,7 @@ class AutoencoderOptions(TaskOptions):
 
 class AutoencoderTask(Task):
     Options = AutoencoderOptions
+    autoencoder: Any
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -62,7 +63,9 @@ class AutoencoderTask(Task):
 
     def heldout_loss(self) -> dict[str, float]:
         images = self._images(open_pictures(self.run.data, "heldout"), slice(None))
-        error = sum(F.mse_loss(self._restore(part), part, reduction="sum").item() for part in images.split(64))
+        error = sum(
+            F.mse_loss(self._restore(part), part, reduction="sum").item() for part in images.split(64)
+        )
         mse = error / images.numel()
         return {"mse": mse, "psnr": 10 * math.log10(4 / mse)}  # pictures span [-1, 1]
 
@@ -86,7 +89,7 @@ class AutoencoderTask(Task):
 
 
 @torch.no_grad()
-def standardise(autoencoder: AutoencoderKL, batches: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def standardise(autoencoder: Any, batches: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Fold the standardisation of each latent channel into the 1 x 1 convolutions around the latents.
 
     Returns the mean and deviation `(C,)` that the channels had. Reconstructions stay as they were.

@@ -7,17 +7,16 @@ from typing import Any
 
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from torch import nn
 
+from ditkit.data.config import Section
 from ditkit.training.config import ConfigError, RunConfig
 from ditkit.training.order import BatchNoise
 
 
-class TaskOptions(BaseModel):
-    """A task's own keys (`task_options` in the file); unknown ones are errors."""
-
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+class TaskOptions(Section):
+    """A task's own keys (`task_options` in the file)."""
 
 
 class Task(nn.Module):
@@ -50,7 +49,9 @@ class Task(nn.Module):
             ConfigError: there is no such stage before this one.
         """
         if name not in self.earlier:
-            raise ConfigError(f"{self.run.name}: no stage {name!r} before it (there are: {', '.join(self.earlier)})")
+            raise ConfigError(
+                f"{self.run.name}: no stage {name!r} before it (there are: {', '.join(self.earlier)})"
+            )
         return self.earlier[name] / "export"
 
     @property
@@ -66,12 +67,10 @@ class Task(nn.Module):
         """Losses of the samples `indices` (B,): scalars, means over the samples; `"loss"` is minimised."""
         raise NotImplementedError
 
-    @torch.no_grad()
     def heldout_loss(self) -> dict[str, float]:
         """Losses on samples that are never trained on, with fixed noise; empty when the task has none."""
         return {}
 
-    @torch.no_grad()
     def draw(self) -> Image.Image | None:
         """A picture that shows the state of the training; None when there is nothing to see."""
         return None

@@ -1,8 +1,8 @@
 """Train a class-conditional architecture: Gaussian diffusion with learned variance, or flow matching.
 
-The network sees pixels (scaled to `pixels` a side) or the latents of an autoencoder: an earlier stage's name or
-a folder. Classes are the emoji groups, or the folders that the picture files lie in. The export is the model's
-own folder (`save_pretrained`) with `process.json` beside it.
+The network sees pixels (scaled to `pixels` a side) or the latents of an autoencoder: an earlier stage's name
+or a folder. Classes are the emoji groups, or the folders that the picture files lie in. The export is the
+model's own folder (`save_pretrained`) with `process.json` beside it.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ class ClassToImageOptions(TaskOptions):
 
 class ClassToImageTask(Task):
     Options = ClassToImageOptions
+    autoencoder: Any
+    samples: torch.Tensor
+    labels: torch.Tensor
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -63,7 +66,7 @@ class ClassToImageTask(Task):
         self.gaussian = GaussianDiffusion.create(1000)
         self.transport = Transport()
 
-    def _open_autoencoder(self) -> AutoencoderKL | None:
+    def _open_autoencoder(self) -> Any:
         name = self.options.autoencoder
         if name is None:
             return None
@@ -96,7 +99,9 @@ class ClassToImageTask(Task):
     def forward(self, indices: torch.Tensor, noise: BatchNoise) -> dict[str, torch.Tensor]:
         return self._losses(self.samples[indices], self.labels[indices], noise)
 
-    def _losses(self, clean: torch.Tensor, labels: torch.Tensor, noise: BatchNoise) -> dict[str, torch.Tensor]:
+    def _losses(
+        self, clean: torch.Tensor, labels: torch.Tensor, noise: BatchNoise
+    ) -> dict[str, torch.Tensor]:
         epsilon, times = noise.normal(*clean.shape[1:]), noise.uniform()  # (B, C, H, W), (B,)
         dropped = (noise.uniform() < self.options.class_dropout).long()  # (B,)
 
@@ -116,7 +121,9 @@ class ClassToImageTask(Task):
         labels = class_labels(pictures, self.classes)[0]
         rows = torch.arange(len(pictures))
         noise = BatchNoise(self.run.seed, 0, len(pictures), rows, self.samples.device)
-        return {name: float(value) for name, value in self._losses(self._encode(pictures), labels, noise).items()}
+        return {
+            name: float(value) for name, value in self._losses(self._encode(pictures), labels, noise).items()
+        }
 
     def draw(self) -> Image.Image:
         """One row of eight for each of the first eight classes, without guidance."""
@@ -131,13 +138,21 @@ class ClassToImageTask(Task):
             process = GaussianDiffusion.create(1000, str(self.options.preview_steps))
             *_, images = trajectory(process, network, start, generator=generator)
         else:
-            images = sample_ode(self.transport, network, start, method="euler", points=self.options.preview_steps + 1)[-1]
+            images = sample_ode(
+                self.transport, network, start, method="euler", points=self.options.preview_steps + 1
+            )[-1]
         if self.autoencoder is not None:
             config = self.autoencoder.config
-            images = self.autoencoder.decode(images / config.scaling_factor + (config.shift_factor or 0.0)).sample
+            images = self.autoencoder.decode(
+                images / config.scaling_factor + (config.shift_factor or 0.0)
+            ).sample
         return grid(images, columns=8)
 
     def export(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
-        facts = {"process": self.options.process, "classes": self.classes, "autoencoder": self.options.autoencoder}
+        facts = {
+            "process": self.options.process,
+            "classes": self.classes,
+            "autoencoder": self.options.autoencoder,
+        }
         (folder / "process.json").write_text(json.dumps(facts, indent=2) + "\n")

@@ -1,9 +1,10 @@
 """Train small CLIP and T5 text encoders to say what the picture of a caption looks like.
 
-Each encoder, through a linear layer that is thrown away afterwards, predicts the principal components of the
-caption's picture (scaled to `feature_size` pixels, projected on `components` directions; a component is divided
-by the square root of its deviation, so that strong ones lead but weak ones still count). A transformer that is
-trained with these encoders starts from texts that are already told apart by what they show.
+Each encoder, through a linear layer that is thrown away afterwards, predicts the principal components of
+the caption's picture (scaled to `feature_size` pixels, projected on `components` directions; a component is
+divided by the square root of its deviation, so that strong ones lead but weak ones still count). A
+transformer that is trained with these encoders starts from texts that are already told apart by what they
+show.
 
 CLIP predicts from its pooled output (the state at `</s>`), T5 from the mean of its states.
 """
@@ -34,18 +35,28 @@ class TextEncodersOptions(TaskOptions):
 
 class TextEncodersTask(Task):
     Options = TextEncodersOptions
+    text_encoder: Any
+    text_encoder_2: Any
+    tokens: torch.Tensor
+    targets: torch.Tensor
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         options = self.options
         self.pictures = open_pictures(self.run.data)
         self.tokenizer = word_tokenizer(self.pictures.captions, options.max_length)
-        ids = self.tokenizer.convert_tokens_to_ids
-        shared = {"vocab_size": len(self.tokenizer), "pad_token_id": ids(PAD), "eos_token_id": ids(END)}
+        ids: Any = self.tokenizer.convert_tokens_to_ids
+        shared: dict[str, Any] = {
+            "vocab_size": len(self.tokenizer),
+            "pad_token_id": ids(PAD),
+            "eos_token_id": ids(END),
+        }
         self.text_encoder = CLIPTextModel(
-            CLIPTextConfig(**shared, bos_token_id=ids(END), max_position_embeddings=options.max_length, **options.clip)
+            CLIPTextConfig(
+                **shared, bos_token_id=ids(END), max_position_embeddings=options.max_length, **options.clip
+            )
         )
-        self.text_encoder_2 = T5EncoderModel(T5Config(**shared, decoder_start_token_id=ids(PAD), **options.t5))
+        self.text_encoder_2 = T5EncoderModel(T5Config(**shared, **options.t5))
         self.clip_head = nn.Linear(self.text_encoder.config.hidden_size, options.components)
         self.t5_head = nn.Linear(self.text_encoder_2.config.d_model, options.components)
         self.register_buffer("tokens", self._tokenize(), persistent=False)
@@ -54,7 +65,11 @@ class TextEncodersTask(Task):
     def _tokenize(self) -> torch.Tensor:
         length = self.options.max_length
         return self.tokenizer(
-            list(self.pictures.captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            list(self.pictures.captions),
+            padding="max_length",
+            max_length=length,
+            truncation=True,
+            return_tensors="pt",
         ).input_ids  # (N, T)
 
     def _principal_components(self) -> torch.Tensor:
@@ -62,7 +77,10 @@ class TextEncodersTask(Task):
         size = self.options.feature_size
         chunks = torch.arange(len(self.pictures)).split(256)
         pixels = torch.cat(
-            [F.interpolate(self.pictures.images(c.numpy()), size=size, mode="area").flatten(1) for c in chunks]
+            [
+                F.interpolate(self.pictures.images(c.numpy()), size=size, mode="area").flatten(1)
+                for c in chunks
+            ]
         )
         centred = pixels - pixels.mean(0)
         _, directions = torch.linalg.eigh(centred.T @ centred)
@@ -80,7 +98,10 @@ class TextEncodersTask(Task):
         tokens, target = self.tokens[indices], self.targets[indices]  # (B, T), (B, components)
         scale = self.targets.square().mean()
         clip = F.mse_loss(self.clip_head(self.text_encoder(tokens).pooler_output).float(), target) / scale
-        t5 = F.mse_loss(self.t5_head(self.text_encoder_2(tokens).last_hidden_state.mean(1)).float(), target) / scale
+        t5 = (
+            F.mse_loss(self.t5_head(self.text_encoder_2(tokens).last_hidden_state.mean(1)).float(), target)
+            / scale
+        )
         return {"loss": clip + t5, "unexplained_clip": clip, "unexplained_t5": t5}
 
     def export(self, folder: Path) -> None:

@@ -38,6 +38,13 @@ class TextToImageOptions(TaskOptions):
 
 class TextToImageTask(Task):
     Options = TextToImageOptions
+    autoencoder: Any
+    transformer: Any
+    text_encoder: Any
+    text_encoder_2: Any
+    latents: torch.Tensor
+    tokens: torch.Tensor
+    no_tokens: torch.Tensor
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -48,7 +55,9 @@ class TextToImageTask(Task):
         self.text_encoder_2 = T5EncoderModel.from_pretrained(texts / "text_encoder_2")
         self.text_encoder.requires_grad_(options.train_text_encoders)
         self.text_encoder_2.requires_grad_(options.train_text_encoders)
-        self.autoencoder = AutoencoderKL.from_pretrained(self.stage_folder(options.autoencoder)).requires_grad_(False)
+        self.autoencoder = AutoencoderKL.from_pretrained(
+            self.stage_folder(options.autoencoder)
+        ).requires_grad_(False)
         self.transformer = FluxTransformer2DModel(
             in_channels=4 * self.autoencoder.config.latent_channels,
             joint_attention_dim=self.text_encoder_2.config.d_model,
@@ -139,7 +148,7 @@ class TextToImageTask(Task):
     def draw(self) -> Image.Image | None:
         if not self.options.preview:
             return None
-        pipe = self.pipeline()
+        pipe: Any = self.pipeline()
         pipe.set_progress_bar_config(disable=True)
         images = pipe(
             self.options.preview,
@@ -161,14 +170,16 @@ class TextToImageTask(Task):
 
 
 def initialise(transformer: FluxTransformer2DModel) -> None:
-    """Xavier-uniform matrices, zero biases; modulations and the last projection start at zero (adaLN-Zero)."""
+    """Xavier-uniform matrices, zero biases; modulations and last projection start at zero (adaLN-Zero)."""
     for module in transformer.modules():
         if isinstance(module, torch.nn.Linear):
             torch.nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 torch.nn.init.zeros_(module.bias)
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-    norms = [getattr(b, name) for b in blocks for name in ("norm", "norm1", "norm1_context") if hasattr(b, name)]
+    norms = [
+        getattr(b, name) for b in blocks for name in ("norm", "norm1", "norm1_context") if hasattr(b, name)
+    ]
     for layer in [*(norm.linear for norm in norms), transformer.norm_out.linear, transformer.proj_out]:
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)

@@ -1,0 +1,153 @@
+"""TaylorSeer on trained micro-flux: error and time at every interval, against peers and fewer steps.
+
+First every setting draws once, for its error; then the best of either granularity is timed against dense
+sampling, diffusers' hook in its three forms, cache-dit where it is installed, and plain sampling.
+
+    python benchmarks/taylorseer_micro_flux.py [--steps 28 50] [--intervals 2 3 4 5 6] [--prompts 8]
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from record import Claim, arguments, write
+from rich.console import Console
+
+import ditkit
+from ditkit.analysis import bench as comparison
+from ditkit.analysis.bench import bench
+from ditkit.analysis.contestants import name_of
+from ditkit.analysis.metrics import relative_l2
+from ditkit.analysis.result import BenchResult, Row
+from ditkit.analysis.sampling import Sampling, sample
+from ditkit.data.emoji import EmojiDataset
+from ditkit.methods.taylorseer import TaylorSeer
+
+console = Console()
+
+
+def settings(interval: int) -> list[TaylorSeer]:
+    """Both granularities, three orders, the authors' polynomial and the one through the stored values."""
+    found = []
+    for granularity in ("last-block", "module"):
+        for order in (0, 1, 2):
+            base = TaylorSeer(interval=interval, order=order, granularity=granularity)
+            found += [base, replace(base, expansion="newton")] if order == 2 else [base]
+    return found  # at orders 0 and 1 the two polynomials are one
+
+
+def best(errors: dict[TaylorSeer, float], granularity: str) -> TaylorSeer:
+    """The setting of that granularity with the smallest error of the final latents."""
+    return min((method for method in errors if method.granularity == granularity), key=lambda m: errors[m])
+
+
+def captions(count: int) -> list[str]:
+    """So many captions of the emoji set, drawn by a fixed seed."""
+    known = EmojiDataset(groups=["single"]).captions
+    return [known[i] for i in np.sort(np.random.default_rng(0).permutation(len(known))[:count])]
+
+
+def latents(pipe: Any, prompts: list[str], sampling: Sampling, *methods: TaylorSeer) -> torch.Tensor:
+    """The final latents with the methods applied."""
+    with ditkit.apply(pipe, *methods, count_flops=False):
+        drawn = sample(pipe, prompts, sampling).latents
+    assert drawn is not None
+    return drawn
+
+
+def compare(
+    pipe: Any, dense: torch.Tensor, sampling: Sampling, interval: int, prompts: list[str], repeats: int
+) -> tuple[dict[TaylorSeer, float], BenchResult]:
+    """The errors of all settings, and the timed comparison of the best ones."""
+    console.rule(f"{sampling.steps} steps, interval {interval}")
+    errors: dict[TaylorSeer, float] = {}
+    for method in settings(interval):
+        errors[method] = relative_l2(latents(pipe, prompts, sampling, method), dense)
+        console.print(f"{errors[method]:.4f}  {name_of(method)}")
+    chosen = [best(errors, granularity) for granularity in ("last-block", "module")]
+    timed = bench(pipe, chosen, prompts, sampling=sampling, repeats=repeats)
+    console.print(timed.table())
+    return errors, timed
+
+
+def claims(steps: int, interval: int, timed: BenchResult) -> list[Claim]:
+    """What the issue of this system promises, at one number of steps and one interval."""
+    rows = [row for row in timed.rows if row.latent_error is not None and row.time_ratio is not None]
+    ours = [row for row in rows if row.kind == "method"]
+    peers = [row for row in rows if row.kind == "peer" and row.label.startswith("diffusers")]
+    good = min(ours, key=lambda row: row.latent_error or 0.0)
+    fast = [row for row in ours if all(_beats(row, peer) for peer in peers)]
+    shown = min(fast, key=lambda row: row.latent_error or 0.0) if fast else good
+    equal = next(row for row in rows if row.kind == "plain" and row.steps == shown.steps_computed)
+    near = min(peers, key=lambda row: row.latent_error or 0.0)
+    where = f"micro-flux, {steps} steps, interval {interval}"
+    return [
+        Claim(
+            "taylorseer",
+            f"{where}: nearer to dense than diffusers' hook in every form, in no more time",
+            "ditkit",
+            f"{_figures(shown)}; the nearest of diffusers: {_figures(near)}",
+            bool(fast),
+            "the setting was chosen by its error on the same prompts",
+        ),
+        Claim(
+            "taylorseer",
+            f"{where}: nearer to dense than plain sampling with as many steps as were computed",
+            "ditkit",
+            f"{_figures(shown)}; {_figures(equal)}",
+            (shown.latent_error or 0.0) < (equal.latent_error or 0.0),
+        ),
+    ]
+
+
+def _beats(row: Row, other: Row) -> bool:
+    """Nearer to dense in no more time; times within 2 % of each other count as equal."""
+    assert row.latent_error is not None
+    assert other.latent_error is not None
+    assert row.time_ratio is not None
+    assert other.time_ratio is not None
+    return row.latent_error < other.latent_error and row.time_ratio <= 1.02 * other.time_ratio
+
+
+def _figures(row: Row) -> str:
+    return (
+        f"{row.label}: error {row.latent_error:.4f}, time {row.time_ratio:.3f}, FLOPs {row.flops_ratio:.3f}"
+    )
+
+
+def main() -> None:
+    parser = arguments(__file__, __doc__)
+    parser.add_argument("--model", default="micro-flux")
+    parser.add_argument("--steps", type=int, nargs="+", default=[28, 50])
+    parser.add_argument("--intervals", type=int, nargs="+", default=[2, 3, 4, 5, 6])
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--html", type=Path, help="folder for a report per comparison")
+    options = parser.parse_args()
+    pipe = ditkit.load(options.model)
+    pipe.set_progress_bar_config(disable=True)
+    prompts = captions(options.prompts)
+    found: list[Claim] = []
+    figures: dict[str, Any] = {}
+    for steps in options.steps:
+        sampling = Sampling(steps=steps)
+        dense = latents(pipe, prompts, sampling)
+        for interval in options.intervals:
+            errors, timed = compare(pipe, dense, sampling, interval, prompts, options.repeats)
+            found += claims(steps, interval, timed)
+            figures[f"{steps} steps, interval {interval}"] = {
+                "errors": {name_of(method): error for method, error in errors.items()},
+                "timed": timed.as_dict()["rows"],
+            }
+            if options.html:
+                title = f"TaylorSeer on micro-flux, {steps} steps, interval {interval}"
+                timed.to_html(options.html / f"taylorseer-{steps}-{interval}.html", title)
+            write(options.json, found, comparison.machine(pipe), prompts=prompts, figures=figures)
+
+
+if __name__ == "__main__":
+    main()

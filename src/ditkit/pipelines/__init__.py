@@ -1,0 +1,1 @@
+"""Pipelines for models that diffusers has none for."""

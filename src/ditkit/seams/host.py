@@ -1,0 +1,213 @@
+"""One model that carries methods: its facts, its clock, its seams and its counters."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+from collections.abc import Callable, Hashable
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from diffusers.hooks.hooks import BaseState, StateManager
+from torch import Tensor, nn
+
+from ditkit.seams.anatomy import Anatomy, describe
+from ditkit.seams.blocks import BlockSeam
+from ditkit.seams.hooking import Around, Forward, Hooks
+from ditkit.seams.layout import TokenLayout
+from ditkit.seams.stats import Stats, counting
+from ditkit.seams.steps import StepClock
+from ditkit.seams.tokens import TokenSeam
+
+
+@runtime_checkable
+class Method(Protocol):
+    """A method for inference: a dataclass of its options. All its state lives in what `attach` makes, since
+    a pipeline with two transformers attaches it twice.
+
+    Args:
+        claims: seams that no other method may own beside it, e.g. `{"blocks"}`.
+    """
+
+    claims: ClassVar[frozenset[str]]
+
+    def attach(self, host: Host) -> None:
+        """Hook into the seams of one model. Raises before anything runs when it can't work on this model."""
+
+
+class _Root(Around):
+    """The hook on the transformer itself. It is stateful so that diffusers tells it the cache context."""
+
+    _is_stateful = True
+
+    def __init__(self, around: Callable[..., Any]) -> None:
+        super().__init__(around)
+        self._contexts = StateManager(BaseState)  # type: ignore[arg-type]
+
+    @property
+    def context(self) -> str | None:
+        try:
+            return self._contexts.context.name
+        except ValueError:
+            return None
+
+    def reset_state(self, module: nn.Module) -> None:
+        self._contexts.set_context(None)
+
+
+class Host:
+    """One model that carries methods: its facts, its clock, its seams and its counters.
+
+    Attributes:
+        name: of the model inside the pipeline, `"transformer"` for a bare one.
+        entry: what is called from outside: the model, or the compiled module around it.
+        running: True inside a forward of the model.
+        arguments: of the forward that runs, by name.
+    """
+
+    def __init__(
+        self, model: nn.Module, pipeline: Any = None, name: str = "transformer", *, flops: bool = True
+    ):
+        self.entry = model
+        self.model = model = inside(model)
+        self.pipeline = pipeline
+        self.name = name
+        self.anatomy: Anatomy = describe(model)
+        self.stats = Stats(count_flops=flops)
+        self.hooks = Hooks(model)
+        self.clock = StepClock(model, self.anatomy, pipeline)
+        self.running = False
+        self.arguments: dict[str, Any] = {}
+        self._signature = inspect.signature(type(model).forward)
+        self._removers: list[Callable[[], None]] = []
+        self._notes: list[Callable[[], list[str]]] = []
+        self._layouts: dict[Hashable, TokenLayout] = {}
+        self._root = _Root(self.around)
+        self.blocks = BlockSeam(self)
+        self.tokens = TokenSeam(self)
+
+    @functools.cached_property
+    def attention(self) -> Any:
+        """The attention seam of this model."""
+        from ditkit.seams.attention import AttentionSeam
+
+        return AttentionSeam(self)
+
+    def on_remove(self, callback: Callable[[], None]) -> None:
+        """Call back when the methods are taken off, after the last forward."""
+        self._removers.append(callback)
+
+    def note(self, notes: Callable[[], list[str]]) -> None:
+        """Let a method add plain words to the report when it is asked for."""
+        self._notes.append(notes)
+
+    def notes(self) -> list[str]:
+        return [line for notes in self._notes for line in notes()]
+
+    def layout(self) -> TokenLayout:
+        """Where text and picture lie in the sequence of the forward that runs.
+
+        Raises:
+            SeamError: the tokens are not one grid.
+        """
+        # Equal shapes can mean another grid in the next generation: FLUX packs 32 x 64 and 64 x 32 alike.
+        key = (self.clock.step.generation, self.clock.step.branch, _shapes(self.arguments))
+        if key not in self._layouts:
+            self._layouts[key] = self.anatomy.layout(self.model, self.arguments)
+        return self._layouts[key]
+
+    def attach(self, methods: tuple[Method, ...]) -> None:
+        # Around the compiled module, so that the clock reads timesteps outside the graph.
+        self.hooks.put(self.entry, "root", self._root)
+        self.clock.attach()
+        self.clock.on_schedule(self._stay)
+        self.clock.on_reset(self._layouts.clear)
+        # A module whose output is replaced makes no attention call: what watches for one has to lie inside,
+        # and hooks put on first lie inside. The order in which methods are named must not matter.
+        for method in sorted(methods, key=lambda method: "attention" not in method.claims):
+            method.attach(self)
+
+    def remove(self) -> None:
+        """Undo everything; every part is tried even when one fails."""
+        failures: list[BaseException] = []
+        for undo in [*reversed(self._removers), self.clock.restart, self.clock.detach, self.hooks.remove]:
+            try:
+                undo()
+            except Exception as failure:
+                failures.append(failure)
+        self._removers.clear()
+        self._notes.clear()
+        self.arguments = {}
+        self._layouts.clear()
+        if failures:
+            raise failures[0]
+
+    def _stay(self) -> None:
+        """accelerate's offloading puts back the forward of before when a generation ends: hook it again."""
+        if self.hooks.lost(self.entry):
+            self.hooks.put_back(self.entry)
+
+    @torch.compiler.disable(
+        recursive=False, reason="compile first, then apply: ditkit.apply(torch.compile(model), ...)"
+    )
+    def around(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one forward of the model: tell the seams that it starts and ends, and count it."""
+        if self.running:
+            return forward(*args, **kwargs)
+        arguments = dict(self._signature.bind_partial(self.model, *args, **kwargs).arguments)
+        arguments.pop("self", None)
+        self.arguments = arguments
+        step = self.clock.begin(arguments, self._root.context)
+        start = time.perf_counter()
+        self.running = True
+        try:
+            self.tokens.begin(arguments)
+            self.blocks.begin(step)
+            if "attention" in vars(self):
+                self.attention.begin()
+            shapes = _shapes(arguments)
+            output = self._counted(forward, args, kwargs, shapes)
+        except BaseException:
+            self.clock.restart()
+            raise
+        finally:
+            self.running = False
+            computed = self.blocks.end()
+            self.tokens.end()
+            if "attention" in vars(self):
+                self.attention.end()
+            self.arguments = {}
+        self.stats.seconds += time.perf_counter() - start
+        self.stats.generations = self.clock.generation + 1
+        self.stats.forward((step.generation, step.index), step.branch, computed, shapes, self._kind())
+        if computed:
+            self.stats.measure()
+        return output
+
+    def _kind(self) -> Hashable:
+        return tuple(mode() for mode in self.stats.modes)
+
+    def _counted(
+        self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Hashable
+    ) -> Any:
+        """Run a forward; count its FLOPs when none of its kind has been counted."""
+        known = (shapes, self._kind()) in self.stats.kinds and not self.stats.misses(shapes)
+        if known or not self.stats.count_flops:
+            return forward(*args, **kwargs)
+        # Compiled code does not run under the counter: this one forward is eager.
+        with torch.compiler.set_stance("force_eager"), counting() as count:
+            output = forward(*args, **kwargs)
+        self.stats.kinds[shapes, self._kind()] = count
+        return output
+
+
+def inside(module: nn.Module) -> nn.Module:
+    """The model inside what `torch.compile` returns."""
+    return getattr(module, "_orig_mod", module)
+
+
+def _shapes(arguments: dict[str, Any]) -> Hashable:
+    return tuple(
+        (name, tuple(value.shape) if isinstance(value, Tensor) else None) for name, value in arguments.items()
+    )
