@@ -247,19 +247,18 @@ def test_pooled_scores_are_scores_of_constant_tiles():
 
 
 @pytest.mark.parametrize(
-    "length, share, options, name, word",
+    "length, share, device, whole, name, word",
     [
-        (512, 0.1, {}, "dense", "too few"),
-        (8192, 0.7, {}, "dense", "too many"),
-        (8192, 0.1, {"gradients": True}, "gather", "backward"),
-        (8192, 0.1, {"dtype": torch.bfloat16}, "gather", "bfloat16"),
-        (8192, 0.1, {"whole": False}, "gather", "do not divide"),
-        (2048, 0.1, {}, "gather", "compilation"),
+        (512, 0.1, "cpu", True, "dense", "too few"),
+        (8192, 0.7, "cpu", True, "dense", "too many"),
+        (8192, 0.1, "cpu", True, "gather", "fastest on cpu"),
+        (8192, 0.1, "cuda", True, "flex", "CUDA"),
+        (8192, 0.1, "cuda", False, "gather", "divide the grid"),
+        (8192, 0.1, "mps", True, "gather", "mps"),
     ],
 )
-def test_choice(length, share, options, name, word):
-    given_options = {"device": torch.device("cpu"), "dtype": torch.float32, "gradients": False, **options}
-    choice = executors.choose(length, share, **given_options)
+def test_choice(length, share, device, whole, name, word):
+    choice = executors.choose(length, share, device=torch.device(device), whole=whole)
     assert choice.name == name
     assert word in choice.reason
 
@@ -285,10 +284,14 @@ def test_block_plan(executor, kind):
     assert plan.share == pytest.approx(plan.mask.double().mean().item())
 
 
-def test_choice_without_a_compiler(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(executors.flex, "available", lambda device: "there is no C++ compiler")
-    choice = executors.choose(8192, 0.1, device=torch.device("cpu"), dtype=torch.float32, gradients=False)
-    assert choice == executors.Choice("gather", "there is no C++ compiler")
-    monkeypatch.setattr(executors.flex, "available", lambda device: None)
-    choice = executors.choose(8192, 0.1, device=torch.device("cpu"), dtype=torch.float32, gradients=False)
-    assert choice.name == "flex"
+def test_flex_hands_over_to_gather_for_gradients():
+    layout = TokenLayout((1, 16, 16))
+    tiling = tile_grid(layout.grid, (1, 8, 16))
+    plan = executors.BlockPlan(random_lists((1, 1), 2, ragged=False), tiling, layout, "flex")
+    q, k, v = random_qkv(layout)
+    assert plan.choose(q, k, v).name == "flex"
+    assert plan.choose(q, k.requires_grad_(), v).name == "gather"
+    with torch.no_grad():
+        assert plan.choose(q, k, v).name == "flex"
+    plan.attend(q, k, v).sum().backward()
+    assert k.grad is not None

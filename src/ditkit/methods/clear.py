@@ -334,7 +334,7 @@ class _Window:
             keys = executors.key_mask(mask, q.shape[0], layout.length)
         elif mask is not None:  # it has a row for each query
             name = "dense"
-        if name == "flex" and (keys is not None or (q.device.type == "cpu" and _needs_gradient(q, k, v))):
+        if name == "flex" and (keys is not None or executors.needs_gradients_on_cpu(q, k, v)):
             name = "gather"
         if name == "dense":
             if extra is not None:
@@ -384,7 +384,3 @@ class _Window:
         frames, height, width = layout.grid
         beside = math.ceil(min(self.options.radius, height + width)) - 1
         return math.floor(min(self.options.frame_radius, frames)), beside, beside
-
-
-def _needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

@@ -228,6 +228,7 @@ class AttentionSeam:
         self._running = _Layout()
         self._recent: dict[Any, TokenLayout] = {}  # by length, for blocks that run again in the backward pass
         self._plans: dict[Any, Any] = {}
+        self._grid: tuple[int, int, int] | None = None
 
     @property
     def layout(self) -> TokenLayout:
@@ -258,6 +259,8 @@ class AttentionSeam:
         for call, module in calls:
             self.host.hooks.around(module, "attention", _named(call, module))
         self.host.clock.on_reset(self.states.clear)
+        # Another grid of as many tokens is another amount of work.
+        self.host.stats.modes.append(lambda: self._grid)
 
     def _remove(self) -> None:
         _uninstall(self)
@@ -275,7 +278,7 @@ class AttentionSeam:
         if self.strategy is None:
             return
         layout = self.host.layout()
-        self._running.value = layout
+        self._running.value, self._grid = layout, layout.grid
         for kind in ("joint", "self"):
             self._recent[kind, _seen_by(kind, layout).length] = layout
         device = self.host.arguments[self.host.anatomy.sample].device

@@ -3,8 +3,8 @@
 | executor | for | gradients | needs |
 |---|---|---|---|
 | `dense` | short sequences, dense masks, masks without structure | yes | memory for L x L |
-| `gather` | everything else | yes | - |
-| `flex` | long float32 inference on CPU, and CUDA | not on CPU | a compiler, whole tiles |
+| `gather` | everything else, on CPU always | yes | - |
+| `flex` | CUDA; on CPU when asked for | not on CPU | a compiler, whole tiles |
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ditkit.seams.executors.gather import gather_blocks
 from ditkit.seams.executors.plan import (
     DENSE_ABOVE,
     DENSE_BELOW,
-    FLEX_FROM,
     BlockPlan,
     Choice,
     Executor,
     choose,
+    needs_gradients_on_cpu,
 )
 from ditkit.seams.executors.scores import attention_with_lse, pooled_scores, pooled_tiles
 from ditkit.seams.executors.windows import Windows, gather_windows, neighbourhoods, places
@@ -28,7 +28,6 @@ from ditkit.seams.executors.windows import Windows, gather_windows, neighbourhoo
 __all__ = [
     "DENSE_ABOVE",
     "DENSE_BELOW",
-    "FLEX_FROM",
     "BlockLists",
     "BlockPlan",
     "Choice",
@@ -49,6 +48,7 @@ __all__ = [
     "is_key_mask",
     "key_mask",
     "masked_dense",
+    "needs_gradients_on_cpu",
     "neighbourhoods",
     "places",
     "plan_blocks",

@@ -1,8 +1,8 @@
 """Sparse attention by compiled flex attention: block lists as full blocks, element masks as look-up tables.
 
-Inference on CPU in float32 is where it wins (within 10 % of density x dense time); it has no backward there.
-The first call for each shape compiles (5 to 15 s, needs a C++ compiler). Masks are given as tables because
-on CPU an arithmetic mask function costs ten times dense attention.
+On CPU it runs compiled and without gradients only; the first call for each shape compiles (5 to 25 s, needs a
+C++ compiler). Masks are given as tables because there an arithmetic mask function costs ten times dense
+attention.
 
 B batch, h heads, L tokens of the joint sequence, N image tokens, T text tokens, d head dim,
 n tiles, t tokens in a tile.
@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,18 +22,6 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from ditkit.seams.executors.blocks import BlockLists, Tiling
 from ditkit.seams.executors.gather import with_text_queries
 from ditkit.seams.layout import TokenLayout
-
-
-@functools.cache
-def available(device: str) -> str | None:
-    """None when compiled flex attention runs on that kind of device, otherwise the reason why not."""
-    if device == "cuda":
-        return None
-    if device != "cpu":
-        return f"flex attention does not run on {device}"
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
-        return "there is no C++ compiler"
-    return None
 
 
 @functools.cache

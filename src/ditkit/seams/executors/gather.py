@@ -61,11 +61,13 @@ def gather_blocks(
     source = _Source(heads(k), heads(v), _validity(keys, layout, (B, h), heads), tiling, layout)
     source.pick(lists.index)
     parts, order = [], []
-    out = torch.zeros_like(queries) if source.reuse else None  # lists that are empty stay so
+    out = torch.empty_like(queries) if source.reuse else None
     for group in lists.rows:
         if not group.length and not layout.joint_text_length:
             order.append(group.which)
             parts.append(queries.new_zeros(len(group.which), G, t, d))
+            if out is not None:
+                out.index_fill_(0, group.which, 0.0)
             continue
         size = G * (group.length * t + layout.joint_text_length) * d * 2 * q.element_size()
         for which in group.which.split(max(1, CHUNK_BYTES // size)):
@@ -122,7 +124,9 @@ class _Source:
         self.reuse = not grad and not torch.compiler.is_compiling()
         self.buffers: list[Tensor | None] = [None, None]
 
-    def _mask(self, valid: Tensor | None, tiling: Tiling, layout: TokenLayout) -> tuple[Tensor, Tensor] | None:
+    def _mask(
+        self, valid: Tensor | None, tiling: Tiling, layout: TokenLayout
+    ) -> tuple[Tensor, Tensor] | None:
         """Validity of the tiles (P or 1, G or 1, m, t) and of text that is appended (P or 1, G or 1, T)."""
         if valid is None and tiling.valid is None:
             return None
@@ -158,7 +162,9 @@ class _Source:
         if self.mask is None:
             return k, v, None
         R = len(which)
-        valid, text = (x.index_select(0, row) if x.shape[0] > 1 else x.expand(R, *x.shape[1:]) for x in self.mask)
+        valid, text = (
+            x.index_select(0, row) if x.shape[0] > 1 else x.expand(R, *x.shape[1:]) for x in self.mask
+        )
         picked = self.index.index_select(0, which)[:, None, :length, None]
         picked = picked.expand(-1, valid.shape[1], -1, self.t)
         mask = torch.cat([valid.gather(2, picked).flatten(2), text], dim=-1)
