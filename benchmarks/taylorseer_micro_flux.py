@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -27,20 +26,26 @@ from ditkit.analysis.metrics import relative_l2
 from ditkit.analysis.result import BenchResult, Row
 from ditkit.analysis.sampling import Sampling, sample
 from ditkit.data.emoji import EmojiDataset
-from ditkit.methods.taylorseer import TaylorSeer
+from ditkit.methods.taylorseer import Granularity, TaylorSeer
 
 console = Console()
 
 
 def settings(interval: int) -> list[TaylorSeer]:
-    """Both granularities, FLUX's and diffusers' full steps, three orders, and at order 2 both polynomials."""
-    found = []
-    for granularity in ("last-block", "module"):
-        for schedule in ("flux", "diffusers"):
-            for order in (0, 1, 2):
-                base = TaylorSeer(interval=interval, order=order, granularity=granularity, schedule=schedule)
-                found += [base, replace(base, expansion="newton")] if order == 2 else [base]
-    return found  # at orders 0 and 1 the two polynomials are one
+    """Both granularities; orders 0 to 2, either polynomial and reach, and diffusers' full steps."""
+    forms: list[dict[str, Any]] = [
+        {"order": 0},
+        {"order": 1},  # where the two polynomials are one
+        {"order": 1, "reach": 1.0},
+        {"order": 2},
+        {"order": 2, "expansion": "newton"},
+        {"order": 1, "schedule": "diffusers"},
+    ]
+    return [
+        TaylorSeer(interval=interval, granularity=granularity, **form)
+        for granularity in get_args(Granularity)
+        for form in forms
+    ]
 
 
 def best(errors: dict[TaylorSeer, float], granularity: str) -> TaylorSeer:
