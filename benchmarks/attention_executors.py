@@ -121,7 +121,7 @@ def claims(rows: list[dict[str, Any]], settings: dict[str, Any]) -> list[Claim]:
             tried = [row for row in of_this if row["density"] == density]
             row = min(tried, key=lambda row: row["milliseconds"])
             measured = (
-                f"{row['executor']}: {row['times_ideal']:.2f} of ideal, {row['speed_up']:.2f} x dense's speed"
+                f"{row['executor']}: {row['times_ideal']:.2f} of ideal, {row['speed_up']:.2f} x as fast"
             )
             target = float(settings["within"])
             where = f"{what.partition(';')[0]}, density {density:.2f}, {settings['dtype']}"

@@ -49,7 +49,12 @@ def arguments(script: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def write(path: Path, claims: list[Claim], machine: dict[str, Any], **figures: Any) -> None:
-    """Write a result: claims for the ledger, figures for whoever wants to look closer."""
+    """Write a result: claims for the ledger, figures for whoever wants to look closer. A result among those
+    of the repository renews the ledger."""
     found = {"claims": [asdict(claim) for claim in claims], "machine": machine, **figures}
     write_text(path, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     print(path)
+    if path.parent == RESULTS:
+        from ledger import LEDGER, ledger
+
+        print(write_text(LEDGER, ledger(RESULTS)))

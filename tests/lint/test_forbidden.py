@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from forbidden import find, find_paths
+
+from lint.forbidden import find, find_paths
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("src", "scripts", "benchmarks", "tests")

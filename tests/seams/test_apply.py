@@ -202,6 +202,17 @@ def test_diffusers_tells_its_context_also_after_an_earlier_call_without_methods(
     }
 
 
+def test_the_list_of_hooked_children_is_renewed() -> None:
+    model = FLUX.model()
+    with model.cache_context("cond"):
+        pass
+    registry = model._diffusers_hook
+    assert registry._get_child_registries() == []
+    with ditkit.apply(model, TaylorSeer()):
+        assert len(registry._get_child_registries()) > 8
+    assert registry._get_child_registries() == []
+
+
 def test_saving_while_applied(tmp_path: Path) -> None:
     pipe = Pipe(FLUX.model(), FLUX)
     with ditkit.apply(pipe, TaylorSeer(interval=2)):

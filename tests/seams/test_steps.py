@@ -214,6 +214,8 @@ def test_two_pipelines_side_by_side() -> None:
     assert first.column("index") == [0, 1, 2, 3]
     assert first.column("generation") == [0] * 4
     assert second.column("index") == [0, 1, 2]
+    # FLUX gets its timesteps divided: 1.0 is the first of 1000, not the schedule's last, which is 1.0 too.
+    assert second.column("num_steps") == [3] * 3
 
 
 def test_the_scheduler_may_be_exchanged_while_methods_are_applied() -> None:

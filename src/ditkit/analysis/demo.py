@@ -13,8 +13,8 @@ from ditkit.analysis.result import BenchResult
 from ditkit.analysis.sampling import Sampling
 
 METHODS = (
-    "taylorseer:granularity=last-block,interval=2,order=1",
-    "taylorseer:granularity=module,interval=2,order=1",
+    "taylorseer:interval=3,order=2,granularity=last-block,expansion=newton",
+    "taylorseer:interval=3,order=2,granularity=module,expansion=newton",
     "local-window:radius=4",
 )
 

@@ -21,9 +21,9 @@ from ditkit.cli.common import (
 )
 from ditkit.cli.generate import Batch, Guidance, Model, Seed, Size, Steps, load, parse_size
 
-METHODS = (
-    "taylorseer:granularity=last-block,interval=3,order=1",
-    "taylorseer:granularity=module,interval=3,order=1",
+METHODS = tuple(
+    f"taylorseer:interval=3,order=2,granularity={where},expansion=newton"
+    for where in ("last-block", "module")
 )
 
 
