@@ -127,45 +127,42 @@ def gather_windows(
         always = [torch.cat([x, more], dim=2) for x, more in zip(always, extra, strict=True)]
     T = always[0].shape[2]
     qt = windows.tiling.split(q[:, :, layout.image_span].flatten(0, 1), tiles_first=True)  # (n, G, t, d)
-    image = [x[:, :, layout.image_span].flatten(0, 1) for x in (k, v)]  # (G, N, d)
-    always = [x.flatten(0, 1)[None] for x in always]  # (1, G, T, d)
+    # Image keys, then those that every query reads: one index picks both.
+    tables = [
+        torch.cat([x[:, :, layout.image_span], y], dim=2).flatten(0, 1)  # (G, N + T, d)
+        for x, y in zip((k, v), always, strict=True)
+    ]
+    ends = torch.arange(layout.image_length, layout.image_length + T, device=q.device)
+    index = torch.cat([windows.keys, ends.expand(len(windows.keys), -1)], dim=1)  # (n, K + T)
     bias = windows.bias(T, q.dtype)
     rows = None if keys is None else _rows(keys, layout, T, q.dtype)
-
-    def collect(x: Tensor, text: Tensor, which: Tensor) -> Tensor:
-        x = x.index_select(1, which.reshape(-1)).unflatten(1, which.shape).transpose(0, 1)  # (R, G, K, d)
-        return torch.cat([x, text.expand(which.shape[0], -1, -1, -1)], dim=2) if T else x
-
     step = max(1, CHUNK_BYTES // (B * h * (K + T) * d * 2 * q.element_size()))
     parts = []
     for kind, group in enumerate(windows.groups):
         for tiles in group.split(step):
-            which = windows.keys.index_select(0, tiles)  # (R, K)
+            which = index.index_select(0, tiles)  # (R, K + T)
             mask = bias[kind : kind + 1, None]  # (1, 1, t, K + T)
             if rows is not None:
                 mask = mask + _spread(rows, which, h)  # (R, G or 1, t, K + T)
-            k_here, v_here = (collect(x, text, which) for x, text in zip(image, always, strict=True))
-            parts.append(_sdpa(qt.index_select(0, tiles), k_here, v_here, attn_mask=mask, scale=scale))
+            here = qt.index_select(0, tiles)
+            k_here, v_here = (
+                x.index_select(1, which.reshape(-1)).unflatten(1, which.shape).transpose(0, 1) for x in tables
+            )
+            parts.append(_sdpa(here, k_here, v_here, attn_mask=mask, scale=scale))
     out = torch.cat(parts).index_select(0, windows.back)  # (n, G, t, d)
     out = windows.tiling.join(out, tiles_first=True).unflatten(0, (B, h))
     return with_text_queries(out, q, k, v, layout, keys, scale)
 
 
-def _rows(keys: Tensor, layout: TokenLayout, always: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The validity of keys as something to add: image keys (B or 1, N), always-visible keys (B or 1, T)."""
+def _rows(keys: Tensor, layout: TokenLayout, always: int, dtype: torch.dtype) -> Tensor:
+    """The validity of image keys and always-visible keys as something to add, (B or 1, N + T)."""
     if keys.dtype == torch.bool:
         keys = torch.zeros(keys.shape, dtype=dtype, device=keys.device).masked_fill(~keys, float("-inf"))
-    text = keys[:, layout.text_span]
-    return keys[:, layout.image_span], torch.cat(
-        [text, text.new_zeros(len(text), always - text.shape[1])], dim=1
-    )
+    image, text = keys[:, layout.image_span], keys[:, layout.text_span]
+    return torch.cat([image, text, text.new_zeros(len(text), always - text.shape[1])], dim=1)
 
 
-def _spread(rows: tuple[Tensor, Tensor], which: Tensor, heads: int) -> Tensor:
-    """(R, B h or 1, 1, K + T) for the tiles whose keys are `which` (R, K)."""
-    image, always = rows
-    image = (
-        image.index_select(1, which.reshape(-1)).unflatten(1, which.shape).transpose(0, 1)
-    )  # (R, B or 1, K)
-    both = torch.cat([image, always[None].expand(which.shape[0], -1, -1)], dim=-1)
-    return (both.repeat_interleave(heads, dim=1) if both.shape[1] > 1 else both)[:, :, None]
+def _spread(rows: Tensor, which: Tensor, heads: int) -> Tensor:
+    """(R, B h or 1, 1, K + T) for the tiles whose keys are `which` (R, K + T)."""
+    rows = rows.index_select(1, which.reshape(-1)).unflatten(1, which.shape).transpose(0, 1)
+    return (rows.repeat_interleave(heads, dim=1) if rows.shape[1] > 1 else rows)[:, :, None]
