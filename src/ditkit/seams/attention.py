@@ -34,7 +34,7 @@ from ditkit.seams.stats import attention_flops, stands_for
 from ditkit.seams.steps import Step
 
 if TYPE_CHECKING:
-    from ditkit.seams.apply import Host
+    from ditkit.seams.host import Host
 
 Kind = Literal["self", "joint", "cross"]
 _PLANS_KEPT = 8

@@ -19,7 +19,7 @@ from ditkit.seams.hooking import Forward
 from ditkit.seams.steps import Step
 
 if TYPE_CHECKING:
-    from ditkit.seams.apply import Host
+    from ditkit.seams.host import Host
 
 Outputs = tuple[Tensor, ...]
 
