@@ -40,6 +40,8 @@ def settings(interval: int) -> list[TaylorSeer]:
         {"order": 2},
         {"order": 2, "expansion": "newton"},
         {"order": 1, "schedule": "diffusers"},
+        {"order": 1, "reach": 1.0},
+        {"order": 1, "reach": 1.0, "schedule": "diffusers"},
     ]
     return [
         TaylorSeer(interval=interval, granularity=granularity, **form)
@@ -56,7 +58,8 @@ def best(errors: dict[TaylorSeer, float], granularity: str) -> TaylorSeer:
 def captions(count: int, first: int = 0) -> list[str]:
     """So many captions of the emoji set in a fixed random order, from the `first` on."""
     known = EmojiDataset(groups=["single"]).captions
-    return [known[i] for i in np.sort(np.random.default_rng(0).permutation(len(known))[first : first + count])]
+    order = np.random.default_rng(0).permutation(len(known))
+    return [known[i] for i in np.sort(order[first : first + count])]
 
 
 def latents(pipe: Any, prompts: list[str], sampling: Sampling, *methods: TaylorSeer) -> torch.Tensor:
@@ -76,7 +79,7 @@ def compare(
     prompts: list[str],
     repeats: int,
 ) -> tuple[dict[TaylorSeer, float], BenchResult]:
-    """The errors of all settings on the trial prompts, and the timed comparison of the best ones on others."""
+    """Errors of all settings on the trial prompts, and the timed comparison of the best on the others."""
     console.rule(f"{sampling.steps} steps, interval {interval}")
     errors: dict[TaylorSeer, float] = {}
     for method in settings(interval):
