@@ -40,7 +40,6 @@ def settings(interval: int) -> list[TaylorSeer]:
         {"order": 2},
         {"order": 2, "expansion": "newton"},
         {"order": 1, "schedule": "diffusers"},
-        {"order": 1, "reach": 1.0},
         {"order": 1, "reach": 1.0, "schedule": "diffusers"},
     ]
     return [
