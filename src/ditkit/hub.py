@@ -32,7 +32,7 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32, **kwargs: Any) ->
     if str(name) in BUNDLED:
         folder = files("ditkit") / "assets" / str(name)
         return _with_defaults_of_its_parts(
-            DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, use_safetensors=True, **kwargs)
+            DiffusionPipeline.from_pretrained(str(folder), dtype=dtype, use_safetensors=True, **kwargs)
         )
     path = Path(name)
     if path.is_dir():
@@ -42,7 +42,7 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32, **kwargs: Any) ->
         near = difflib.get_close_matches(str(name), BUNDLED, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"bundled are {', '.join(BUNDLED)}"
         raise FileNotFoundError(f"no pipeline {str(name)!r}: no such folder, and {hint}")
-    pipe = DiffusionPipeline.from_pretrained(str(name), torch_dtype=dtype, use_safetensors=True, **kwargs)
+    pipe = DiffusionPipeline.from_pretrained(str(name), dtype=dtype, use_safetensors=True, **kwargs)
     small = getattr(getattr(pipe, "tokenizer_2", None), "model_max_length", 512) < 77
     return _with_defaults_of_its_parts(pipe) if small else pipe
 

@@ -30,7 +30,7 @@ def bundle(tmp_path_factory, request):
 
 
 def test_export_is_a_flux_pipeline(bundle):
-    pipe = FluxPipeline.from_pretrained(bundle, torch_dtype=torch.float32)
+    pipe = FluxPipeline.from_pretrained(bundle, dtype=torch.float32)
     assert type(pipe) is FluxPipeline
     sizes = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file())
     assert sizes <= 25e6
