@@ -210,7 +210,7 @@ class Report:
         rows.append(("cached", f"{self.bytes_cached / 2**20:.2f} MiB at most"))
         rows.append(("seconds", f"{self.seconds:.3f} in the transformer"))
         if self.density is not None:
-            rows.append(("attention", f"{100 * self.density:.1f} % of query-key pairs computed"))
+            rows.append(("attention", f"{100 * self.density:.1f} % of query-key pairs read"))
         return rows
 
     def __str__(self) -> str:
