@@ -20,7 +20,7 @@ _HOMES = {
     "LocalWindow": "ditkit.methods.clear",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = ["LocalWindow", "Run", "TaylorSeer", "__version__", "apply", "bench", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:
