@@ -6,7 +6,15 @@ The names below are imported when first used, so that `import ditkit` is fast.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ditkit.analysis.bench import bench
+    from ditkit.hub import load
+    from ditkit.methods.clear import LocalWindow
+    from ditkit.methods.taylorseer import TaylorSeer
+    from ditkit.seams.apply import Run, apply
+    from ditkit.training.trainer import train
 
 __version__ = "0.1.0"
 
