@@ -35,6 +35,8 @@ def test_export_is_a_flux_pipeline(bundle):
     sizes = sum(file.stat().st_size for file in bundle.rglob("*") if file.is_file())
     assert sizes <= 25e6
     assert not list(bundle.rglob("*.bin"))
+    texts = [file.read_text(encoding="utf-8") for file in bundle.rglob("*.json")]
+    assert not any(str(bundle.parent.parent) in text for text in texts)
     assert list((bundle.parent / "samples").glob("*.png"))
 
 

@@ -58,6 +58,7 @@ class TextToImageTask(Task):
         self.autoencoder = AutoencoderKL.from_pretrained(
             self.stage_folder(options.autoencoder)
         ).requires_grad_(False)
+        self.autoencoder.register_to_config(_name_or_path="")  # no folder of a run in what it exports
         self.transformer = FluxTransformer2DModel(
             in_channels=4 * self.autoencoder.config.latent_channels,
             joint_attention_dim=self.text_encoder_2.config.d_model,
