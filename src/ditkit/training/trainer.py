@@ -7,11 +7,13 @@ checkpoint and, on the same machine, takes bit for bit the steps it would have t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -212,8 +214,21 @@ class Trainer:
             samples.mkdir(exist_ok=True)
             picture.save(samples / f"step-{self.step:08d}.png")
 
-    def _averaged(self) -> _Averaged:
-        return _Averaged(self)
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The trained parameters hold their average, and nothing records gradients."""
+        training = self.task.training
+        self.task.eval()
+        if self.ema:
+            self.ema.store(self.parameters)
+            self.ema.copy_to(self.parameters)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            if self.ema:
+                self.ema.restore(self.parameters)
+            self.task.train(training)
 
     # ---- state -------------------------------------------------------------------------------------------
 
@@ -285,28 +300,6 @@ class Trainer:
         with self._averaged():
             self.task.export(part)
         part.rename(self.folder / "export")
-
-
-class _Averaged:
-    """Context in which the trained parameters hold their average and nothing records gradients."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-
-    def __enter__(self) -> None:
-        self.no_grad = torch.no_grad()
-        self.no_grad.__enter__()
-        self.training = self.trainer.task.training
-        self.trainer.task.eval()
-        if self.trainer.ema:
-            self.trainer.ema.store(self.trainer.parameters)
-            self.trainer.ema.copy_to(self.trainer.parameters)
-
-    def __exit__(self, *_: object) -> None:
-        if self.trainer.ema:
-            self.trainer.ema.restore(self.trainer.parameters)
-        self.trainer.task.train(self.training)
-        self.no_grad.__exit__(None, None, None)
 
 
 def learning_rate_factor(run: configuration.RunConfig, step: int) -> float:
