@@ -7,9 +7,11 @@ on, one for each kind of structure.
 from __future__ import annotations
 
 from tiny_models import TINY, Tiny
-from zoo import flux, hunyuan, wan
+from zoo import cog, dit, flux, hunyuan, qwen, sana, wan
+
+_FAMILIES = (cog, dit, flux, hunyuan, qwen, sana, wan)
 
 ZOO: dict[str, Tiny] = {
     **TINY,
-    **{tiny.name: tiny for family in (flux, hunyuan, wan) for tiny in family.ANIMALS},
+    **{tiny.name: tiny for family in _FAMILIES for tiny in family.ANIMALS},
 }

@@ -23,7 +23,7 @@ from ditkit.seams.layout import TextPlace, TokenLayout
 
 AttentionKind = Literal["self", "joint", "cross"]
 View = Literal["all", "frame", "time"]
-Seam = Literal["blocks", "units", "tokens", "attention"]
+Seam = Literal["stack", "units", "tokens", "attention"]
 Arguments = Mapping[str, Any]
 
 
@@ -35,10 +35,19 @@ class Unit:
         module: path inside the block, e.g. `"attn"`.
         bypass: paths of modules that need not run when this unit is replaced, because only replaced units
             read them. A path listed by several units is bypassed when all of them are replaced.
+        calls: how often the block calls it in one forward, e.g. 2 for a feed-forward for text and image.
+        shared_without: path of a module; `calls` counts in blocks that lack it, elsewhere there is one call.
     """
 
     module: str
     bypass: tuple[str, ...] = ()
+    calls: int = 1
+    shared_without: str | None = None
+
+    def calls_in(self, block: nn.Module) -> int:
+        """How often this block calls it in one forward."""
+        own = self.shared_without is not None and child(block, self.shared_without) is not None
+        return 1 if own else self.calls
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ class Stack:
     per_token: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
 
 
-def _text_tokens(anatomy: Anatomy, model: nn.Module, arguments: Arguments) -> int:
+def text_tokens(anatomy: Anatomy, model: nn.Module, arguments: Arguments) -> int:
     """All text states that were passed, padding included."""
     states = [arguments[name] for name in anatomy.encoder if arguments.get(name) is not None]
     return sum(int(state.shape[1]) for state in states)
@@ -113,8 +122,9 @@ class Anatomy:
             the text states.
         timestep: name of the forward's timestep argument.
         falling_time: timesteps fall during a generation (diffusers), so that a rise tells a new one.
-        unfit: seam -> why no method can use it on this class.
-        no_blocks: why the stack of this model can't be skipped, by a check of it; None: it can.
+        unfit: seam -> why no method can use it on this class: `"stack"`, to skip the blocks and supply the
+            last one's output; `"units"`, to replace outputs inside them; `"tokens"`; `"attention"`.
+        no_stack: why the stack of this model can't be skipped, by a check of it; None: it can.
         no_tokens: why the blocks can't run on a subset of tokens, by a check of the model and of a call;
             None: they can.
     """
@@ -127,11 +137,11 @@ class Anatomy:
     sample: str = "hidden_states"
     encoder: tuple[str, ...] = ("encoder_hidden_states",)
     text_mask: tuple[str, ...] = ()
-    text_tokens: Callable[[Anatomy, nn.Module, Arguments], int] = _text_tokens
+    text_tokens: Callable[[Anatomy, nn.Module, Arguments], int] = text_tokens
     timestep: str = "timestep"
     falling_time: bool = True
     unfit: Mapping[Seam, str] = field(default_factory=dict)
-    no_blocks: Callable[[nn.Module], str | None] = lambda model: None
+    no_stack: Callable[[nn.Module], str | None] = lambda model: None
     no_tokens: Callable[[nn.Module, Arguments], str | None] = lambda model, arguments: None
 
     def refuses(self, *seams: Seam) -> str | None:

@@ -74,12 +74,14 @@ class UnitRef:
         name: full path inside the model, e.g. `"transformer_blocks.3.attn"`.
         block: place of its block among all blocks.
         module: path inside the block.
+        calls: how often the block calls it in one forward; the outputs of all calls are stored together.
     """
 
     index: int
     name: str
     block: int
     module: str
+    calls: int = 1
 
 
 class BlockSeam:
@@ -99,6 +101,7 @@ class BlockSeam:
         self._open = False
         self._skipping = False
         self._replaced: Sequence[bool] = ()
+        self._parts: dict[int, list[Tensor]] = {}
         self._per_token = [False] * len(self._blocks)
         host.stats.modes.append(self._mode)
 
@@ -114,8 +117,8 @@ class BlockSeam:
             ConflictError: another cache owns the blocks.
             SeamError: `cache.after` is not in 0 .. depth - 1, or this class does not allow it.
         """
-        self._host.require("blocks")
-        reason = self._host.anatomy.no_blocks(self._host.model)
+        self._host.require("stack")
+        reason = self._host.anatomy.no_stack(self._host.model)
         if reason is not None:
             raise SeamError(
                 f"the blocks of {type(self._host.model).__name__} can't be skipped here: {reason}"
@@ -137,7 +140,7 @@ class BlockSeam:
             SeamError: feed-forward chunking is on, which calls a unit several times in a forward, or this
                 class does not allow it.
         """
-        self._host.require("blocks", "units")
+        self._host.require("units")
         self._claim()
         self._refuse_chunks()
         self._unit_cache = cache
@@ -150,11 +153,14 @@ class BlockSeam:
             self._host.hooks.around(module, "unit", _bound(self._run_unit, unit))
         for (place, path), readers in self._bypasses().items():
             module = self._module(place, path)
-            self._host.hooks.around(module, "bypass", _bound(self._run_bypass, place, tuple(readers)))
+            alone = path in {site.module for site in self._blocks[place][0].attention if site.kind == "cross"}
+            around = _bound(self._run_bypass, place, tuple(readers), alone)
+            self._host.hooks.around(module, "bypass", around)
 
     def begin(self, step: Step) -> None:
         """A forward of the model starts."""
         self._open, self._skipping = True, False
+        self._parts.clear()
         if self._stack is not None and self._stack.after == 0:
             self._skipping = self._stack.skips(step, None)
         if self._unit_cache is not None:
@@ -163,6 +169,7 @@ class BlockSeam:
     def end(self) -> bool:
         """The forward has ended. Returns whether any unit or block that a cache could skip was computed."""
         self._open = False
+        self._parts.clear()
         if self._stack is not None:
             return not self._skipping
         return not self._replaced or not all(self._replaced)
@@ -199,8 +206,14 @@ class BlockSeam:
         return output
 
     def _image(self, stack: Stack) -> slice:
-        """The image tokens in what a block of this stack works on."""
-        return self._host.image_rows() if stack.joint else slice(None)
+        """The image tokens in what a block of this stack works on; all tokens where text and image are joined
+        at another place in each sample."""
+        if not stack.joint:
+            return slice(None)
+        try:
+            return self._host.image_rows()
+        except SeamError:
+            return slice(None)
 
     def _recalled(self, step: Step, stack: Stack, hidden: Tensor) -> Tensor:
         image = self._image(stack)
@@ -225,6 +238,8 @@ class BlockSeam:
         if not self._open:
             return forward(*args, **kwargs)
         step = self._host.clock.step
+        if unit.calls > 1:
+            return self._run_shared(step, unit, forward, args, kwargs)
         if self._replaced[unit.index]:
             outputs = self._recall(step, unit)
             return outputs[0] if len(outputs) == 1 else outputs
@@ -232,16 +247,33 @@ class BlockSeam:
         self._store(step, unit, (output,) if isinstance(output, Tensor) else tuple(output))
         return output
 
+    def _run_shared(
+        self, step: Step, unit: UnitRef, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """A unit that its block calls several times: each call gives or takes one tensor of its outputs."""
+        parts = self._parts.setdefault(unit.index, [])
+        if self._replaced[unit.index]:
+            if not parts:
+                parts += self._recall(step, unit)
+            return parts.pop(0)
+        output = forward(*args, **kwargs)
+        parts.append(output)
+        if len(parts) == unit.calls:
+            self._store(step, unit, tuple(self._parts.pop(unit.index)))
+        return output
+
     @torch.compiler.disable(recursive=False)
     def _run_bypass(
         self,
         place: int,
         readers: tuple[int, ...],
+        alone: bool,
         forward: Forward,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Hand on no tokens at all to what is not going to be read: (B, L, C) -> (B, 0, C)."""
+        """Hand on no tokens at all to what is not going to be read: (B, L, C) -> (B, 0, C); with the text's,
+        unless the module reads text but gives image tokens `alone`."""
         if not self._open or not all(self._replaced[index] for index in readers):
             return forward(*args, **kwargs)
         hidden = args[0] if args else next(iter(kwargs.values()))
@@ -249,7 +281,7 @@ class BlockSeam:
             # Modulation with a row for each token can't be broadcast to no token: keep the length.
             return hidden
         text = kwargs.get("encoder_hidden_states")
-        return hidden[:, :0] if text is None else (hidden[:, :0], text[:, :0])
+        return hidden[:, :0] if text is None or alone else (hidden[:, :0], text[:, :0])
 
     def _list_units(self) -> list[UnitRef]:
         units: list[UnitRef] = []
@@ -257,7 +289,7 @@ class BlockSeam:
             for unit in stack.units:
                 if child(block, unit.module) is not None:
                     name = f"{stack.path}.{index}.{unit.module}"
-                    units.append(UnitRef(len(units), name, place, unit.module))
+                    units.append(UnitRef(len(units), name, place, unit.module, unit.calls_in(block)))
         return units
 
     def _bypasses(self) -> dict[tuple[int, str], list[int]]:

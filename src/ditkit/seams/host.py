@@ -123,6 +123,13 @@ class Host:
         the text has attention modules of its own."""
         return self.anatomy.text_tokens(self.anatomy, self.model, self.arguments)
 
+    def device(self) -> torch.device:
+        """Where the sample of the forward that runs is."""
+        sample = self.arguments[self.anatomy.sample]
+        while not isinstance(sample, Tensor):
+            sample = sample[0]
+        return sample.device
+
     def image_rows(self) -> slice:
         """The image tokens in the joint sequence of the forward that runs, computed or not."""
         text = self.text_length()

@@ -6,11 +6,11 @@ import dataclasses
 
 from ditkit.seams.anatomy import Anatomy, Attention, Stack, Unit
 from ditkit.seams.facts.grids import controlled, patched_2d, patched_3d, patched_nd, replaced_frame
-from ditkit.seams.facts.rows import columns, pair
+from ditkit.seams.facts.rows import pair, table
 from ditkit.seams.facts.stacks import TEXT_LAST, double_stream, single_stream
 
 _START = ("hidden_states", "encoder_hidden_states", "temb", "attention_mask")
-_MASK = {"attention_mask": columns()}
+_MASK = {"attention_mask": table(-1, "suffix")}
 
 _HUNYUAN_VIDEO = Anatomy(
     name="HunyuanVideoTransformer3DModel",

@@ -41,7 +41,7 @@ _SKYREELS = dataclasses.replace(
             _BLOCKS,
             arguments=(*_ARGUMENTS, "attention_mask"),
             # Diffusion forcing: frames have timesteps of their own, and may not look ahead.
-            token_rows={"rotary_emb": pair(1), "temb": modulation(2, ndim=4), "attention_mask": square},
+            token_rows={"rotary_emb": pair(1), "temb": modulation(2, ndim=4), "attention_mask": square()},
         ),
     ),
 )
@@ -57,7 +57,7 @@ _VACE = dataclasses.replace(
     _WAN,
     name="WanVACETransformer3DModel",
     unfit={"tokens": "the control branch reads all tokens of the video beside its own"},
-    no_blocks=_hint_at_the_end,
+    no_stack=_hint_at_the_end,
     stacks=(
         dataclasses.replace(
             _BLOCKS,
