@@ -25,6 +25,7 @@ class Tiny:
         timestep: the name of the timestep argument.
         scale: the timestep argument at full noise.
         tokens: image tokens at size 0.
+        clocks: frames that have a timestep of their own; 0: one for the whole sample.
         axes: of the sample, where they are not "blc", "bchw" or "bcfhw".
     """
 
@@ -35,6 +36,7 @@ class Tiny:
     scale: float = 1000.0
     tokens: int = 16
     axes: str = ""
+    clocks: int = 0
 
     def model(self, seed: int = 0) -> nn.Module:
         with torch.random.fork_rng():
@@ -42,7 +44,7 @@ class Tiny:
             model = self.build().eval()
             # Zero-initialised layers would hide errors behind outputs that are zero.
             for parameter in model.parameters():
-                if float(parameter.detach().abs().max()) == 0:
+                if not parameter.detach().any():
                     nn.init.normal_(parameter, std=0.05)
         return model.requires_grad_(False)
 
@@ -51,15 +53,19 @@ class Tiny:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             arguments = self.arguments(batch, seed, size)
-        time = torch.full((batch,), noise * self.scale)
-        return {**arguments, self.timestep: time}
+        return {**arguments, self.timestep: self.time(batch, noise)}
+
+    def time(self, batch: int, noise: float) -> Tensor:
+        """The timestep argument at a noise level of 0 to 1."""
+        return torch.full((batch, self.clocks) if self.clocks else (batch,), noise * self.scale)
 
 
 def output(result: Any) -> Tensor:
     """The tensor in what a forward returned."""
     if isinstance(result, Tensor):
         return result
-    return result[0] if isinstance(result, tuple) else result.sample
+    sample = result[0] if isinstance(result, tuple) else result.sample
+    return torch.stack(sample) if isinstance(sample, list) else sample
 
 
 def _flux() -> nn.Module:

@@ -80,6 +80,7 @@ class Stack:
         returns: what a block returns, in order.
         joint: text and image are one sequence when they enter the block; otherwise the hidden states are
             image tokens only and text, where there is any, is an argument of its own.
+        whole: all tokens always run here: methods may leave some out in the stacks behind only.
         view: which tokens see each other: `"all"`; those of a `"frame"`, with the frames in the batch
             dimension; or one place through `"time"`, with the places in the batch dimension.
         token_rows: block arguments with a row for each image token (rotary tables, masks, per-token
@@ -94,6 +95,7 @@ class Stack:
     attention: tuple[Attention, ...] = ()
     returns: tuple[str, ...] = ("hidden_states",)
     joint: bool = False
+    whole: bool = False
     view: View = "all"
     token_rows: Mapping[str, Rows] = field(default_factory=dict)
     per_token: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
@@ -166,7 +168,8 @@ class Anatomy:
             text_mask=torch.cat([mask.bool() for mask in masks], dim=1) if complete else None,
         )
         sample = arguments[self.sample]
-        if isinstance(sample, Tensor) and sample.ndim == 3 and sample.shape[1] != layout.image_length:
+        packed = isinstance(sample, Tensor) and sample.ndim == 3
+        if packed and sample.shape[1] not in (layout.image_length, layout.length):
             frames, height, width = layout.grid
             raise SeamError(
                 f"{self.name}: {sample.shape[1]} image tokens are not one {frames} x {height} x {width} "

@@ -43,6 +43,7 @@ class TokenSeam:
     def __init__(self, host: Host) -> None:
         self._host = host
         self._blocks = host.anatomy.blocks(host.model)
+        self._first = next((at for at, (stack, *_) in enumerate(self._blocks) if not stack.whole), 0)
         self._choice: TokenChoice | None = None
         self._indices: Tensor | None = None
         self._entered: Tensor | None = None
@@ -93,13 +94,13 @@ class TokenSeam:
         self, place: int, stack: Stack, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         choice = self._choice
-        if choice is None or not self._host.running:
+        if choice is None or not self._host.running or place < self._first:
             return forward(*args, **kwargs)
         named = {**dict(zip(stack.arguments, args, strict=False)), **kwargs}
         rest = args[len(stack.arguments) :]
         first = stack.arguments[0]
         image = self._host.image_rows() if stack.joint else slice(None)
-        if place == 0:
+        if place == self._first:
             self._enter(choice, named[first][:, image])
             if self._indices is not None:
                 kept = named[first][:, image].index_select(1, self._indices)

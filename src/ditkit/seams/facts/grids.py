@@ -18,7 +18,11 @@ Grid = tuple[int, int, int]
 def packed_grid(model: nn.Module, arguments: Arguments) -> Grid:
     """Flux: positions of the image tokens, img_ids (L, 3) = frame, row, column."""
     ids = arguments["img_ids"]
-    ids = ids[0] if ids.ndim == 3 else ids
+    return positions(ids[0] if ids.ndim == 3 else ids)
+
+
+def positions(ids: Tensor) -> Grid:
+    """(L, 3) or more columns: frame, row and column of each image token."""
     size = (ids.amax(0) - ids.amin(0) + 1).tolist()
     return int(size[0]), int(size[1]), int(size[2])
 
