@@ -25,7 +25,7 @@ class Tiny:
         timestep: the name of the timestep argument.
         scale: the timestep argument at full noise.
         tokens: image tokens at size 0.
-        clocks: frames that have a timestep of their own; 0: one for the whole sample.
+        clocks: shape of the timesteps of one sample, where frames have their own.
         axes: of the sample, where they are not "blc", "bchw" or "bcfhw".
     """
 
@@ -36,7 +36,7 @@ class Tiny:
     scale: float = 1000.0
     tokens: int = 16
     axes: str = ""
-    clocks: int = 0
+    clocks: tuple[int, ...] = ()
 
     def model(self, seed: int = 0) -> nn.Module:
         with torch.random.fork_rng():
@@ -57,7 +57,7 @@ class Tiny:
 
     def time(self, batch: int, noise: float) -> Tensor:
         """The timestep argument at a noise level of 0 to 1."""
-        return torch.full((batch, self.clocks) if self.clocks else (batch,), noise * self.scale)
+        return torch.full((batch, *self.clocks), noise * self.scale)
 
 
 def output(result: Any) -> Tensor:

@@ -7,9 +7,9 @@ on, one for each kind of structure.
 from __future__ import annotations
 
 from tiny_models import TINY, Tiny
-from zoo import cog, dit, flux, hunyuan, kandinsky, ltx, qwen, sana, single, wan
+from zoo import audio, cog, dit, flux, hunyuan, kandinsky, ltx, qwen, sana, single, wan
 
-_FAMILIES = (cog, dit, flux, hunyuan, kandinsky, ltx, qwen, sana, single, wan)
+_FAMILIES = (audio, cog, dit, flux, hunyuan, kandinsky, ltx, qwen, sana, single, wan)
 
 ZOO: dict[str, Tiny] = {
     **TINY,

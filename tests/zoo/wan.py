@@ -119,6 +119,6 @@ ANIMALS = (
     Tiny("SkyReelsV2Transformer3DModel", _skyreels, _inputs),
     Tiny("WanVACETransformer3DModel", _vace, _vace_inputs),
     Tiny("WanAnimateTransformer3DModel", _animate, _animate_inputs),
-    Tiny("AnyFlowTransformer3DModel", _anyflow, _anyflow_inputs, axes="bfchw", clocks=2),
+    Tiny("AnyFlowTransformer3DModel", _anyflow, _anyflow_inputs, axes="bfchw", clocks=(2,)),
     Tiny("HeliosTransformer3DModel", _helios, _helios_inputs),
 )

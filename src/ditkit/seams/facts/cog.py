@@ -104,6 +104,7 @@ _MOCHI = Anatomy(
     text="suffix",
     grid=patched_3d,
     text_mask=("encoder_attention_mask",),
+    falling_time=False,
     unfit={"attention": "each sample attends apart, over its valid text only: lengths differ by prompt"},
     stacks=(
         Stack(

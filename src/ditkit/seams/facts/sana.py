@@ -35,4 +35,20 @@ _SANA_VIDEO = Anatomy(
     stacks=(_BLOCKS,),
 )
 
-ANATOMIES = (_SANA, _SANA_VIDEO)
+_SANA_WM = Anatomy(
+    name="SanaWMTransformer3DModel",
+    text="cross",
+    grid=patched_3d,
+    unfit=_UNFIT,
+    stacks=(
+        Stack(
+            path="blocks",
+            arguments=("x", "y", "t"),
+            # Between norms and units the tokens are taken apart by frame: norms run at every step.
+            units=(Unit("attn"), Unit("cross_attn"), Unit("mlp")),
+            attention=(Attention("attn", "self"), Attention("cross_attn", "cross")),
+        ),
+    ),
+)
+
+ANATOMIES = (_SANA, _SANA_VIDEO, _SANA_WM)

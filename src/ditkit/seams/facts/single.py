@@ -101,6 +101,7 @@ _IDEOGRAM4 = Anatomy(
     text="prefix",
     grid=_ideogram_grid,
     text_tokens=_ideogram_text,
+    falling_time=False,
     stacks=(
         Stack(
             path="layers",
