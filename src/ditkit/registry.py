@@ -57,6 +57,7 @@ class Entry:
         needs: what it asks for beyond a model (`"nothing"`, `"training"`, `"calibration"`, `"a 2-D grid"`).
         conflicts: names of systems it can't be combined with beyond those that own the same seam.
         neutral: options under which it must change nothing; the contract tests run the system with them.
+        aliases: other names it is known by, e.g. the paper's when `name` says what it does.
     """
 
     kind: Kind
@@ -68,6 +69,7 @@ class Entry:
     needs: tuple[str, ...] = ("nothing",)
     conflicts: tuple[str, ...] = ()
     neutral: dict[str, Any] = dataclasses.field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
 
 
 def register(
@@ -80,6 +82,7 @@ def register(
     needs: tuple[str, ...] = ("nothing",),
     conflicts: tuple[str, ...] = (),
     neutral: dict[str, Any] | None = None,
+    aliases: tuple[str, ...] = (),
 ) -> Callable[[T], T]:
     """Class (or factory) decorator that adds a system to the registry."""
 
@@ -96,6 +99,7 @@ def register(
             needs=needs,
             conflicts=conflicts,
             neutral=dict(neutral or {}),
+            aliases=aliases,
         )
         return target
 
@@ -118,7 +122,7 @@ def entries(kind: Kind) -> dict[str, Entry]:
 
 
 def get(kind: Kind, name: str) -> Entry:
-    """The system of that name.
+    """The system of that name, or known by that name too.
 
     Raises:
         UnknownNameError: with the nearest names.
@@ -126,9 +130,17 @@ def get(kind: Kind, name: str) -> Entry:
     known = entries(kind)
     if name in known:
         return known[name]
+    for entry in known.values():
+        if name in entry.aliases:
+            return entry
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"There are: {', '.join(known)}."
     raise UnknownNameError(f"unknown {kind} {name!r}. {hint}")
+
+
+def entry_of(system: Any) -> Entry | None:
+    """The entry of an instance of a registered class; None when its class is not registered."""
+    return next((entry for entry in _entries.values() if entry.target is type(system)), None)
 
 
 def options(entry: Entry) -> dict[str, dataclasses.Field[Any]]:

@@ -127,9 +127,16 @@ class BlockSeam:
 
         Raises:
             ConflictError: another cache owns the blocks.
+            ConflictError: a method chooses tokens, so that the rows of a unit's output change.
             SeamError: feed-forward chunking is on, which calls a unit several times in a forward.
         """
         self._claim()
+        if self._host.tokens.owner is not None:
+            raise ConflictError(
+                f"{self._host.attaching} keeps outputs of modules row by row, but {self._host.tokens.owner} "
+                "changes the rows from step to step. Use a cache of the whole stack "
+                "(granularity='last-block')"
+            )
         self._refuse_chunks()
         self._unit_cache = cache
         self._store, self._recall = torch.compiler.disable(cache.store), torch.compiler.disable(cache.recall)
