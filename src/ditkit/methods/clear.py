@@ -54,6 +54,7 @@ _TILE = (1, 8, 16)
     seam=("attention",),
     needs=("a token grid",),
     neutral={"radius": math.inf},
+    aliases=("clear",),
 )
 @dataclass(frozen=True)
 class LocalWindow:
