@@ -29,6 +29,9 @@ METHODS = entries("method")
 ACTIVE: dict[str, dict[str, Any]] = {
     "taylorseer": {"interval": 3, "order": 2},
     "local-window": {"radius": 1},
+    "grat": {"group": (1, 2, 1)},
+    "draft-attention": {"sparsity": 0.5, "pool": (2, 2), "dense_blocks": 1, "dense_steps": 0.2},
+    "re-ttention": {"keep": 0.25, "block": 2, "warmup": 1, "refresh": 3},
 }
 
 every_method = pytest.mark.parametrize("entry", METHODS.values(), ids=METHODS.keys())
