@@ -129,6 +129,12 @@ class LocalWindow:
         """What acts at the seam, with pooling weights (d, d) by the name of the attention module."""
         return _Window(self, dict(weights or {}))
 
+    def static_mask(self, layout: TokenLayout, device: torch.device) -> executors.WindowPlan:
+        """The window on a layout, for methods that work on any mask; without pooled keys and scale."""
+        window = self.strategy()
+        windows = executors.neighbourhoods(layout.grid, _TILE, window.reach(layout), window.near, device)
+        return executors.WindowPlan(windows, layout, self.executor)
+
     def attach(self, host: Host) -> None:
         strategy = self.strategy(self._weights(host))
         if self.ntk_factor != 1:
