@@ -145,6 +145,11 @@ def get(kind: Kind, name: str) -> Entry:
     raise UnknownNameError(f"unknown {kind} {name!r}. {hint}")
 
 
+def entry_of(system: Any) -> Entry | None:
+    """The entry of an instance of a registered class; None when its class is not registered."""
+    return next((entry for entry in _entries.values() if entry.target is type(system)), None)
+
+
 def options(entry: Entry) -> dict[str, dataclasses.Field[Any]]:
     """The options of a system whose target is a dataclass, by name."""
     return {f.name: f for f in dataclasses.fields(typing.cast(Any, entry.target)) if f.init}

@@ -57,8 +57,8 @@ POOLING = "pooling"
     ),
     seam=("attention",),
     needs=("a token grid",),
-    neutral={"radius": math.inf},
     aliases=("clear",),
+    neutral={"radius": math.inf},
 )
 @dataclass(frozen=True)
 class LocalWindow:
