@@ -22,10 +22,12 @@ import torch
 from ditkit import __version__
 from ditkit.analysis import contestants as who
 from ditkit.analysis import metrics
+from ditkit.analysis import peers as others
 from ditkit.analysis.contestants import Contestant
 from ditkit.analysis.meter import Count, count
 from ditkit.analysis.result import BenchResult, Row
 from ditkit.analysis.sampling import Sample, Sampling, sample
+from ditkit.recipes import Recipe
 
 PROMPTS = (
     "red apple",
@@ -73,7 +75,8 @@ def bench(
 
     Args:
         model: a diffusers text-to-image pipeline with a transformer, or what `ditkit.load` takes.
-        methods: each a method, text such as `"taylorseer:interval=4"`, or a sequence to apply together.
+        methods: each a method, text such as `"taylorseer:interval=4"`, a sequence to apply together, a
+            recipe, or a `Contestant` of one's own.
         prompts: one picture each.
         sampling: steps, guidance, size and seed; the same noise for every contestant.
         repeats: timed rounds, after one round of counting that also warms up.
@@ -90,12 +93,12 @@ def bench(
         raise ValueError(f"repeats={repeats}: at least 1 is needed")
     if not prompts:
         raise ValueError("prompts is empty; at least one is needed")
-    entered = [who.ours(method) for method in methods]
+    entered = [who.enter(method) for method in methods]
     pipe = _pipeline(model)
     sampling = sampling or Sampling()
     if peers:
         intervals = [n for method in methods for n in _intervals(method)]
-        entered += who.peers(pipe, entered, intervals, sampling)
+        entered += others.at_intervals(pipe, intervals, sampling)
     everyone = [_entrant(contestant, sampling) for contestant in [who.dense(), *entered]]
     prompts = list(prompts)
 
@@ -143,8 +146,11 @@ def _pipeline(model: Any) -> Any:
 
 def _intervals(method: Any) -> list[int]:
     """At which intervals a method computes a step, when it is a cache with an interval."""
-    parts = who.parse(method) if isinstance(method, str) else method
-    together = parts if isinstance(parts, Sequence) else [parts]
+    if isinstance(method, str):
+        method = who.parse(method)
+    elif isinstance(method, Recipe):
+        method = method.build()
+    together = method if isinstance(method, Sequence) else [method]
     return [n for n in (getattr(part, "interval", None) for part in together) if isinstance(n, int) and n > 1]
 
 

@@ -19,7 +19,7 @@ from ditkit.cli.common import (
     notices,
     writable_folder,
 )
-from ditkit.cli.generate import Batch, Guidance, Model, Seed, Size, Steps, load, parse_size
+from ditkit.cli.generate import STEPS, Batch, Guidance, Model, Seed, Size, StepsOfRecipe, load, parse_size
 
 METHODS = tuple(
     f"taylorseer:interval=3,order=2,granularity={where},expansion=newton"
@@ -38,6 +38,9 @@ def bench(
         list[str] | None,
         typer.Option("--with", "-w", help="A method to measure; repeatable. a+b are applied together."),
     ] = None,
+    recipe: Annotated[
+        list[Path] | None, typer.Option("--recipe", help="A recipe.yaml to measure; repeatable.")
+    ] = None,
     model: Model = "micro-flux",
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="What to draw; repeatable.")
@@ -45,7 +48,7 @@ def bench(
     prompts: Annotated[
         Path | None, typer.Option("--prompts", help="A text file with a prompt a line.")
     ] = None,
-    steps: Steps = 28,
+    steps: StepsOfRecipe = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed rounds.")] = 3,
     guidance: Guidance = None,
     size: Size = None,
@@ -60,26 +63,30 @@ def bench(
     ),
 ) -> None:
     """Measure methods against dense sampling, other libraries and plain sampling with fewer steps."""
-    texts = list(prompt or ())
-    if prompts is not None:
-        lines = existing_file(prompts, "--prompts").read_text(encoding="utf-8").splitlines()
-        texts += [line.strip() for line in lines if line.strip()]
-        if not texts:
-            raise UsageError(f"--prompts {prompts} holds no prompt")
+    texts = [*(prompt or ()), *read_prompts(prompts)]
     pixels = parse_size(size)
     writable_folder(out)
     from ditkit.analysis import bench as library
     from ditkit.analysis.contestants import parse
     from ditkit.analysis.sampling import Sampling
+    from ditkit.recipes import Recipe
 
-    methods = [parse(text) for text in with_ or METHODS]
+    recipes = [Recipe.load(existing_file(path, "--recipe")) for path in recipe or ()]
+    for told in (
+        opened.settings for opened in recipes
+    ):  # what they were measured with, where nothing is said
+        steps = steps or told.steps
+        guidance, pixels = told.guidance if guidance is None else guidance, pixels or told.size
+    methods = [*(parse(text) for text in with_ or (() if recipes else METHODS)), *recipes]
     pipe = load(model)
+    for opened in recipes:
+        opened.check(pipe)
     with bench_bar() as progress:
         result = library.bench(
             pipe,
             methods,
             texts or library.PROMPTS,
-            sampling=Sampling(steps, guidance, pixels, seed),
+            sampling=Sampling(steps or STEPS, guidance, pixels, seed),
             repeats=repeats,
             batch=batch,
             peers=peers,
@@ -91,6 +98,21 @@ def bench(
     show(result)
     written = [result.to_json(out / "bench.json"), result.to_csv(out / "bench.csv")]
     listed([*written, result.to_html(out / "bench.html")])
+
+
+def read_prompts(path: Path | None) -> list[str]:
+    """The prompts of a text file, one a line.
+
+    Raises:
+        UsageError: the file is not there or holds none.
+    """
+    if path is None:
+        return []
+    lines = existing_file(path, "--prompts").read_text(encoding="utf-8").splitlines()
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise UsageError(f"--prompts {path} holds no prompt")
+    return texts
 
 
 def judge_of(model: str) -> Any:

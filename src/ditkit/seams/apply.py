@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import warnings
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -13,6 +15,9 @@ from ditkit.seams.anatomy import describe
 from ditkit.seams.errors import ConflictError, UnsupportedModelError
 from ditkit.seams.host import Host, Method, inside
 from ditkit.seams.stats import Report, combine
+
+if TYPE_CHECKING:
+    from ditkit.recipes import Recipe
 
 __all__ = ["Host", "Method", "Run", "apply", "describe_method"]
 
@@ -65,13 +70,20 @@ class Run:
         self.remove()
 
 
-def apply(target: Any, *methods: Method, count_flops: bool = True) -> Run:
+def apply(
+    target: Any,
+    *methods: Method,
+    recipe: Recipe | str | os.PathLike[str] | None = None,
+    count_flops: bool = True,
+) -> Run:
     """Put methods on a diffusers pipeline or a transformer.
 
     Args:
         target: a `DiffusionPipeline` (each of its transformers is hooked) or a transformer of a class that
             `ditkit.seams.anatomy` knows.
         methods: e.g. `TaylorSeer(interval=4)`.
+        recipe: a recipe or its file, see `ditkit.recipes`; its methods come before `methods`. When it sets a
+            number of steps, that is left to the caller and a warning says so.
         count_flops: run the first forward of each kind under torch's FLOP counter, which slows it down.
 
     Returns:
@@ -81,7 +93,10 @@ def apply(target: Any, *methods: Method, count_flops: bool = True) -> Run:
         UnsupportedModelError: no transformer of a known class.
         ConflictError: two methods claim one seam, or the model carries methods already. Nothing is hooked
             then.
+        RecipeError: the recipe is for another class of model.
     """
+    if recipe is not None:
+        methods = (*_from_recipe(recipe, target), *methods)
     _check(methods)
     models = _models(target)
     for name, model in models:
@@ -104,6 +119,20 @@ def apply(target: Any, *methods: Method, count_flops: bool = True) -> Run:
     for host in hosts:
         _applied[host.model] = run
     return run
+
+
+def _from_recipe(recipe: Recipe | str | os.PathLike[str], target: Any) -> tuple[Method, ...]:
+    from ditkit.recipes import opened
+
+    opened_recipe = opened(recipe)
+    opened_recipe.check(target)
+    if opened_recipe.steps is not None:
+        warnings.warn(
+            f"the recipe was measured with {opened_recipe.steps} denoising steps, which apply() can't set: "
+            f"call the pipeline with num_inference_steps={opened_recipe.steps}",
+            stacklevel=3,
+        )
+    return opened_recipe.build()
 
 
 def describe_method(method: Method) -> str:
