@@ -183,7 +183,7 @@ class Recipe(_Section):
             UnknownNameError, OptionError: a method or an option that is not there, or a bad value.
         """
         return tuple(
-            registry.build_method(name, options)
+            registry.construct("method", name, options)
             for method in self.methods
             for name, options in method.items()
         )
@@ -235,9 +235,9 @@ def registered(method: Any) -> str:
     Raises:
         RecipeError: it has none.
     """
-    for entry in registry.entries("method").values():
-        if entry.target is type(method):
-            return entry.name
+    entry = registry.entry_of(method)
+    if entry is not None and entry.kind == "method":
+        return entry.name
     raise RecipeError(f"{type(method).__name__} is not in the registry, a recipe can't name it")
 
 

@@ -53,6 +53,7 @@ _TILE = (1, 8, 16)
     ),
     seam=("attention",),
     needs=("a token grid",),
+    aliases=("clear",),
     neutral={"radius": math.inf},
 )
 @dataclass(frozen=True)

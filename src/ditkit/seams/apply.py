@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import itertools
 import os
 import warnings
 import weakref
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ditkit import registry
 from ditkit.seams.anatomy import describe
 from ditkit.seams.errors import ConflictError, UnsupportedModelError
-from ditkit.seams.host import Host, Method, inside
+from ditkit.seams.host import Host, Method, describe_method, inside
 from ditkit.seams.stats import Report, combine
 
 if TYPE_CHECKING:
@@ -78,6 +79,10 @@ def apply(
 ) -> Run:
     """Put methods on a diffusers pipeline or a transformer.
 
+    The order in which they are named does not matter. A cache decides first whether a step is computed; of a
+    computed step a token method chooses the tokens that run; their attention runs sparse; weights may be
+    quantized underneath. Each seam has one owner.
+
     Args:
         target: a `DiffusionPipeline` (each of its transformers is hooked) or a transformer of a class that
             `ditkit.seams.anatomy` knows.
@@ -91,8 +96,8 @@ def apply(
 
     Raises:
         UnsupportedModelError: no transformer of a known class.
-        ConflictError: two methods claim one seam, or the model carries methods already. Nothing is hooked
-            then.
+        ConflictError: two methods claim one seam or can't work together, or the model carries methods
+            already. Nothing stays hooked then.
         RecipeError: the recipe is for another class of model.
     """
     if recipe is not None:
@@ -135,18 +140,6 @@ def _from_recipe(recipe: Recipe | str | os.PathLike[str], target: Any) -> tuple[
     return opened_recipe.build()
 
 
-def describe_method(method: Method) -> str:
-    """The method's class with the options that are not the default, e.g. `TaylorSeer(interval=3)`."""
-    if not dataclasses.is_dataclass(method):
-        return repr(method)
-    changed = [
-        f"{option.name}={getattr(method, option.name)!r}"
-        for option in dataclasses.fields(method)
-        if option.repr and getattr(method, option.name) != option.default
-    ]
-    return f"{type(method).__name__}({', '.join(changed)})"
-
-
 def _check(methods: tuple[Method, ...]) -> None:
     owner: dict[str, Method] = {}
     for method in methods:
@@ -161,6 +154,13 @@ def _check(methods: tuple[Method, ...]) -> None:
                     "seam; apply only one of them"
                 )
             owner[seam] = method
+    for one, other in itertools.permutations(methods, 2):
+        first, second = registry.entry_of(one), registry.entry_of(other)
+        if first is not None and second is not None and second.name in first.conflicts:
+            raise ConflictError(
+                f"{describe_method(one)} can't be combined with {describe_method(other)}; "
+                "apply only one of them"
+            )
 
 
 def _models(target: Any) -> list[tuple[str, nn.Module]]:
