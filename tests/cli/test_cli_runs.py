@@ -119,6 +119,19 @@ def test_bench_with_a_recipe(ditkit, folder: Path) -> None:
     assert found["settings"]["size"] == [16, 16]
 
 
+def test_bench_explains_first(ditkit, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ditkit.seams.cost.LITTLE", 1.2)
+    line = f"bench --model {folder} --steps 6 --size 16 --repeats 1 -p apple --out b --no-peers --no-plain"
+    result = ditkit(f"{line} --explain --with taylorseer:interval=2 --with local-window:radius=2")
+    assert result.exit_code == 0, result.output
+    assert "too little for sparse attention to pay" in " ".join(result.stdout.split())
+    rows = {row["label"]: row for row in json.loads(Path("b/bench.json").read_text())["rows"]}
+    taylor = rows["taylorseer:interval=2"]
+    assert taylor["flops_ratio"] >= 1 / taylor["ceiling"] - 1e-6
+    assert 0 < taylor["predicted"] < 1.5
+    assert rows["dense"]["ceiling"] is None
+
+
 def test_demo(ditkit, folder: Path, tmp_path: Path) -> None:
     """The tiny model's own size would be FLUX's 1024 pixels; the demo takes the model's."""
     result = ditkit(f"demo --model {folder} --steps 5 --repeats 1 --size 16 --out show")

@@ -24,6 +24,7 @@ from ditkit.analysis import contestants as who
 from ditkit.analysis import metrics
 from ditkit.analysis import peers as others
 from ditkit.analysis.contestants import Contestant
+from ditkit.analysis.explain import Expectation
 from ditkit.analysis.meter import Count, count
 from ditkit.analysis.result import BenchResult, Row
 from ditkit.analysis.sampling import Sample, Sampling, sample
@@ -70,6 +71,7 @@ def bench(
     judge: Judge | None = None,
     name: str | None = None,
     progress: Progress | None = None,
+    expected: Sequence[Expectation] = (),
 ) -> BenchResult:
     """Compare ways to sample from one model.
 
@@ -85,6 +87,7 @@ def bench(
         plain: add sampling with as many steps as each method computed.
         judge: gives the prompt accuracy; see `ditkit.analysis.evaluate`.
         name: what the report calls the model; None for what was given, or the pipeline's class.
+        expected: what `ditkit.analysis.explain.explain` said of the methods, to stand beside the figures.
 
     Raises:
         UnknownNameError, OptionError, ValueError, TypeError: before any work, each naming the argument.
@@ -100,6 +103,7 @@ def bench(
         intervals = [n for method in methods for n in _intervals(method)]
         entered += others.at_intervals(pipe, intervals, sampling)
     everyone = [_entrant(contestant, sampling) for contestant in [who.dense(), *entered]]
+    _expect(everyone, expected)
     prompts = list(prompts)
 
     def note(label: str, done: int) -> None:
@@ -131,6 +135,13 @@ def bench(
         machine=machine(pipe),
         pictures={e.row.label: e.samples[0].pictures for e in everyone if e.samples},
     )
+
+
+def _expect(everyone: Sequence[_Entrant], expected: Sequence[Expectation]) -> None:
+    said = {expectation.label: expectation for expectation in expected}
+    for row in (entrant.row for entrant in everyone):
+        if row.label in said:
+            row.ceiling, row.predicted = said[row.label].ceiling, said[row.label].time_ratio
 
 
 def _pipeline(model: Any) -> Any:
@@ -236,6 +247,7 @@ def _fill(entrant: _Entrant, dense: _Entrant, judge: Judge | None, prompts: Sequ
     mine, reference = entrant.samples[0], dense.samples[0]
     if mine.latents is not None and reference.latents is not None:
         row.latent_error = metrics.relative_l2(mine.latents, reference.latents)
+        row.latent_errors = metrics.relative_l2_each(mine.latents, reference.latents)
         row.latent_psnr = metrics.psnr(mine.latents, reference.latents)
     row.picture_error = metrics.relative_l2(mine.pictures, reference.pictures)
     row.picture_psnr = metrics.psnr(mine.pictures, reference.pictures, data_range=1.0)

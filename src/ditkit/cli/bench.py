@@ -58,6 +58,9 @@ def bench(
     plain: Annotated[
         bool, typer.Option(help="Measure plain sampling with as many steps as were computed.")
     ] = True,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="First say what each method can give on this model at most.")
+    ] = False,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for bench.json, .csv and .html.")] = Path(
         "out/bench"
     ),
@@ -81,12 +84,15 @@ def bench(
     pipe = load(model)
     for opened in recipes:
         opened.check(pipe)
+    texts = texts or list(library.PROMPTS)
+    sampling = Sampling(steps or STEPS, guidance, pixels, seed)
+    expected = show_expected(pipe, methods, texts[:batch], sampling) if explain else ()
     with bench_bar() as progress:
         result = library.bench(
             pipe,
             methods,
-            texts or library.PROMPTS,
-            sampling=Sampling(steps or STEPS, guidance, pixels, seed),
+            texts,
+            sampling=sampling,
             repeats=repeats,
             batch=batch,
             peers=peers,
@@ -94,6 +100,7 @@ def bench(
             judge=judge_of(model),
             name=model,
             progress=progress,
+            expected=expected,
         )
     show(result)
     written = [result.to_json(out / "bench.json"), result.to_csv(out / "bench.csv")]
@@ -136,6 +143,34 @@ def bench_bar() -> Iterator[Callable[[str, int, int], None]]:
             progress.update(task, description=label, completed=done, total=total)
 
         yield update
+
+
+def show_expected(pipe: Any, methods: list[Any], prompts: list[str], sampling: Any) -> list[Any]:
+    """Ceilings and predicted times on the terminal, before anything is measured."""
+    from rich import box
+    from rich.table import Table
+
+    from ditkit.analysis.explain import explain
+    from ditkit.analysis.result import ratio
+
+    with notices.status("counting and timing a few dense steps"):
+        cost, expected = explain(pipe, methods, prompts, sampling)
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
+    table.add_column("before the run", min_width=20, overflow="fold")
+    for name in ("FLOPs / dense at best", "time / dense predicted"):
+        table.add_column(name, justify="right")
+    for each in expected:
+        least = None if each.ceiling is None else 1 / each.ceiling
+        table.add_row(each.label.replace(",", ", "), ratio(least), ratio(each.time_ratio))
+    console.print(table)
+    console.print(
+        f"{sampling.steps} steps; {100 * cost.share_of_steps:.0f} % of the time is in the steps, "
+        f"{100 * cost.flops.attention_share:.0f} % of a step's FLOPs in attention.",
+        highlight=False,
+    )
+    for note in dict.fromkeys(note for each in expected for note in each.notes):
+        console.print(f"{note[0].upper()}{note[1:]}.", highlight=False)
+    return expected
 
 
 def show(result: Any) -> None:

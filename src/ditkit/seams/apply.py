@@ -13,6 +13,7 @@ from torch import nn
 
 from ditkit import registry
 from ditkit.seams.anatomy import describe
+from ditkit.seams.cost import ceiling, words
 from ditkit.seams.errors import ConflictError, UnsupportedModelError
 from ditkit.seams.host import Host, Method, describe_method, inside
 from ditkit.seams.stats import Report, combine
@@ -46,7 +47,25 @@ class Run:
         if self._last is not None:
             return self._last
         notes = list(dict.fromkeys(note for host in self.hosts for note in host.notes()))
-        return combine([host.stats for host in self.hosts], [describe_method(m) for m in self.methods], notes)
+        report = combine(
+            [host.stats for host in self.hosts], [describe_method(m) for m in self.methods], notes
+        )
+        self._add_ceilings(report)
+        return report
+
+    def _add_ceilings(self, report: Report) -> None:
+        """What each method can save at most on the model that took most."""
+        costs = [found for found in (host.cost() for host in self.hosts) if found is not None]
+        if not costs:
+            return
+        cost = max(costs, key=lambda found: found.whole)
+        for method in self.methods:
+            most = ceiling(method, cost)
+            if most is not None:
+                report.ceilings[describe_method(method)] = most
+        little = words(cost)
+        if little is not None and any("attention" in method.claims for method in self.methods):
+            report.notes.append(little[0].upper() + little[1:] + ".")
 
     def restart(self) -> None:
         """The next forward starts a new generation. Only a loop of one's own over a bare transformer ever
