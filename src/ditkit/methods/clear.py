@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.fitting import artifact
-from ditkit.registry import Paper, register
+from ditkit.registry import Choice, Paper, Search, register
 from ditkit.seams import executors, weights
 from ditkit.seams.attention import AttentionCall
 from ditkit.seams.errors import SeamError
@@ -36,6 +36,7 @@ from ditkit.seams.layout import TokenLayout
 
 if TYPE_CHECKING:
     from ditkit.seams.apply import Host
+    from ditkit.seams.cost import ModelCost
 
 # Tokens of the training pictures: 64 x 64 and 512 of text.
 _TRAINED_LENGTH = 64**2 + 512
@@ -85,6 +86,10 @@ class LocalWindow:
     """
 
     claims: ClassVar[frozenset[str]] = frozenset({"attention"})
+    search: ClassVar[Search] = {
+        "radius": Choice((2.0, 4.0, 6.0, 8.0, 12.0, 16.0)),
+        "down_factor": Choice((1, 4)),
+    }
 
     radius: float = 8.0
     down_factor: int = 1
@@ -129,6 +134,13 @@ class LocalWindow:
     ) -> int:
         """FLOPs of one layer's attention as the paper counts them, 4 pairs C: grid in tokens, C channels."""
         return 4 * channels * self.pairs(height, width, text_length, frames)
+
+    def ceiling(self, cost: ModelCost) -> float | None:
+        """At most so many times less work; None where the tokens are no grid."""
+        if cost.grid is None:
+            return None
+        frames, height, width = cost.grid
+        return cost.sparse(self.density(height, width, cost.text_length, frames))
 
     # On a model.
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ditkit.seams.anatomy import Anatomy, Seam, describe
 from ditkit.seams.blocks import BlockSeam
 from ditkit.seams.errors import SeamError
+from ditkit.seams.cost import ModelCost
 from ditkit.seams.hooking import Around, Forward, Hooks
 from ditkit.seams.layout import TokenLayout
 from ditkit.seams.stats import Stats, counting
@@ -89,6 +90,7 @@ class Host:
         self._removers: list[Callable[[], None]] = []
         self._notes: list[Callable[[], list[str]]] = []
         self._layouts: dict[Hashable, TokenLayout] = {}
+        self._seen: TokenLayout | None = None
         self._root = _Root(self.around)
         self.blocks = BlockSeam(self)
         self.tokens = TokenSeam(self)
@@ -142,8 +144,13 @@ class Host:
         # Equal shapes can mean another grid in the next generation: FLUX packs 32 x 64 and 64 x 32 alike.
         key = (self.clock.step.generation, self.clock.step.branch, _shapes(self.arguments))
         if key not in self._layouts:
-            self._layouts[key] = self.anatomy.layout(self.model, self.arguments)
+            self._layouts[key] = self._seen = self.anatomy.layout(self.model, self.arguments)
         return self._layouts[key]
+
+    def cost(self) -> ModelCost | None:
+        """What a dense forward of this model takes, by what ran; None before the first one."""
+        generations = max(self.stats.generations, 1)
+        return self.stats.cost(max(round(self.stats.steps / generations), 1), self._seen)
 
     def attach(self, methods: tuple[Method, ...]) -> None:
         # Around the compiled module, so that the clock reads timesteps outside the graph.
