@@ -21,9 +21,14 @@ def create(name: str, **config: Any) -> Any:
         UnknownNameError: no such architecture; the message lists the nearest ones.
         ValueError: no such variant of it; the message lists the variants.
     """
+    architecture, variant = split(name)
+    return registry.get("model", architecture).target(variant, **config)
+
+
+def split(name: str) -> tuple[str, str | None]:
+    """Architecture and variant of a name: ("dit", "xl/2") of "DiT-XL/2"; an unknown name is left whole."""
     wanted = name.lower()
     # The longest name wins: an architecture's own name may hold a dash and begin with another's.
     known = sorted(registry.entries("model"), key=len, reverse=True)
     architecture = next((k for k in known if wanted == k or wanted.startswith(f"{k}-")), name)
-    entry = registry.get("model", architecture)
-    return entry.target(wanted[len(architecture) + 1 :] or None, **config)
+    return architecture, wanted[len(architecture) + 1 :] or None

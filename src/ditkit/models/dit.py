@@ -11,15 +11,15 @@ Dimensions: see `layers`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import CacheMixin, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from ditkit.models.guidance import GuidedChannels, guide, guided_channels
+from ditkit.models.base import ClassConditionalModel, both_sides, chosen
 from ditkit.models.layers import (
     Attention,
     FinalLayer,
@@ -31,6 +31,7 @@ from ditkit.models.layers import (
     sincos_table,
     unpatchify,
 )
+from ditkit.models.layouts import LAYOUTS, Layout, State, dit_needs, infer_dit
 from ditkit.registry import Paper, register
 
 
@@ -58,7 +59,7 @@ class DiTBlock(nn.Module):
         return hidden_states + gate_mlp * transformed
 
 
-class DiT(ModelMixin, ConfigMixin, CacheMixin):
+class DiT(ClassConditionalModel):
     """Class-conditional diffusion transformer.
 
     Args:
@@ -77,7 +78,6 @@ class DiT(ModelMixin, ConfigMixin, CacheMixin):
         ValueError: for sizes that do not divide.
     """
 
-    _supports_gradient_checkpointing = True
     _no_split_modules = ["DiTBlock"]
     _repeated_blocks = ["DiTBlock"]
     _skip_layerwise_casting_patterns = ["x_embedder", "pos_embed", "t_embedder", "y_embedder", "norm"]
@@ -97,14 +97,15 @@ class DiT(ModelMixin, ConfigMixin, CacheMixin):
         learn_sigma: bool = True,
     ) -> None:
         super().__init__()
-        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+        self.latent_size = both_sides(input_size)
+        self.side_multiple = patch_size
         self.in_channels = in_channels
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.gradient_checkpointing = False
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        self.grid = self.x_embedder.grid(height, width)
+        self.grid = self.x_embedder.grid(*self.latent_size)
         rows, columns = self.grid
         # A parameter, though fixed: the authors save it and count it.
         self.pos_embed = nn.Parameter(torch.empty(1, rows * columns, hidden_size), requires_grad=False)
@@ -138,10 +139,8 @@ class DiT(ModelMixin, ConfigMixin, CacheMixin):
         force_drop_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Latent (B, C, H, W), times (B,) and labels (B,) to tokens (B, T, D) and conditioning (B, 1, D)."""
-        self._check(hidden_states, timestep, class_labels)
-        if class_labels is None:
-            null = self.y_embedder.null_label
-            class_labels = torch.full_like(timestep, null, dtype=torch.long)
+        self.check(hidden_states, timestep, class_labels)
+        class_labels = self.labels(class_labels, len(hidden_states))
         grid = self.x_embedder.grid(*hidden_states.shape[-2:])
         tokens = self.x_embedder(hidden_states) + self.positions(grid)  # (B, T, D)
         time = self.t_embedder(timestep, dtype=tokens.dtype)  # (B, D)
@@ -153,11 +152,7 @@ class DiT(ModelMixin, ConfigMixin, CacheMixin):
     ) -> Tensor:
         """Blocks `start` to `stop` (not included; None is the end) over tokens (B, T, D)."""
         for block in self.blocks[start:stop]:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                checkpoint: Any = self._gradient_checkpointing_func  # set by enable_gradient_checkpointing
-                tokens = checkpoint(block, tokens, conditioning)
-            else:
-                tokens = block(tokens, conditioning)
+            tokens = self.run(block, tokens, conditioning)
         return tokens
 
     def head(self, tokens: Tensor, conditioning: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -195,53 +190,6 @@ class DiT(ModelMixin, ConfigMixin, CacheMixin):
         sample = self.head(tokens, conditioning, self.x_embedder.grid(*hidden_states.shape[-2:]))
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def forward_with_cfg(
-        self,
-        hidden_states: Tensor,
-        timestep: Tensor,
-        class_labels: Tensor,
-        guidance_scale: float,
-        guidance_channels: GuidedChannels = 3,
-    ) -> Tensor:
-        """The guided prediction of a batch whose second half holds the null labels.
-
-        Args:
-            hidden_states: (B, C, H, W); the second half is ignored, the first one is used for both.
-            timestep: times, (B,).
-            class_labels: (B,), labels then null labels.
-            guidance_scale: 1 is no guidance.
-            guidance_channels: how many leading channels are guided, 3 as the authors, or "all" (of C).
-
-        Returns:
-            (B, C_out, H, W); both halves hold the guided channels, the others are each half's own.
-
-        Raises:
-            ValueError: for an odd batch or a number of channels that the model does not have.
-        """
-        if hidden_states.shape[0] % 2:
-            raise ValueError(
-                f"guidance needs labels and null labels in equal number: batch {hidden_states.shape[0]}"
-            )
-        channels = guided_channels(guidance_channels, self.in_channels)
-        first_half = hidden_states[: hidden_states.shape[0] // 2]
-        both = torch.cat([first_half, first_half])
-        (prediction,) = self(both, timestep, class_labels, return_dict=False)
-        conditional, unconditional = prediction.chunk(2)
-        return torch.cat(guide(conditional, unconditional, guidance_scale, channels))
-
-    def _check(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor | None) -> None:
-        if hidden_states.ndim != 4 or hidden_states.shape[1] != self.in_channels:
-            raise ValueError(
-                f"hidden_states has shape {tuple(hidden_states.shape)}; "
-                f"expected (B, {self.in_channels}, H, W)"
-            )
-        for name, tensor in (("timestep", timestep), ("class_labels", class_labels)):
-            if tensor is not None and tensor.shape != hidden_states.shape[:1]:
-                raise ValueError(
-                    f"{name} has shape {tuple(tensor.shape)}; expected one for each of the "
-                    f"{hidden_states.shape[0]} samples"
-                )
-
 
 class SiT(DiT):
     """The same network for interpolants: times in [0, 1], variance channels computed but dropped."""
@@ -264,12 +212,9 @@ VARIANTS: dict[str, dict[str, int]] = {
 }
 
 
-def _variant(name: str | None) -> dict[str, int]:
-    if name is None:
-        return {}
-    if name not in VARIANTS:
-        raise ValueError(f"no variant {name!r}; there are {', '.join(VARIANTS)}")
-    return VARIANTS[name]
+def infer(state: State, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the shapes of a checkpoint tell."""
+    return infer_dit(state, options, {size["hidden_size"]: size["num_heads"] for size in SIZES.values()})
 
 
 @register(
@@ -281,7 +226,7 @@ def _variant(name: str | None) -> dict[str, int]:
 )
 def dit(variant: str | None = None, **config: Any) -> DiT:
     """A fresh DiT of a named variant ("xl/2"; None: the defaults), with changes to its config."""
-    return DiT(**{**_variant(variant), **config})
+    return DiT(**{**chosen(VARIANTS, variant), **config})
 
 
 @register(
@@ -297,4 +242,7 @@ def dit(variant: str | None = None, **config: Any) -> DiT:
 )
 def sit(variant: str | None = None, **config: Any) -> SiT:
     """A fresh SiT of a named variant ("xl/2"; None: the defaults), with changes to its config."""
-    return SiT(**{**_variant(variant), **config})
+    return SiT(**{**chosen(VARIANTS, variant), **config})
+
+
+LAYOUTS["dit"] = LAYOUTS["sit"] = Layout(infer=infer, needs=dit_needs, variants=VARIANTS)

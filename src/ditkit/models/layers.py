@@ -96,17 +96,18 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(self.features(timestep, self.frequencies).to(dtype))
 
 
-class LabelEmbedder(nn.Module):
-    """Class embeddings with the labels dropped at random in training: (B,) -> (B, D).
+class LabelDropout(nn.Module):
+    """Labels dropped at random in training; with `dropout > 0` there is a null class for "no label"."""
 
-    With `dropout > 0` the table has one row more, the null class, which stands for "no label".
-    """
-
-    def __init__(self, num_classes: int, width: int, dropout: float) -> None:
+    def __init__(self, num_classes: int, dropout: float) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.dropout = dropout
-        self.embedding_table = nn.Embedding(num_classes + (dropout > 0), width)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that a table of classes needs, the null class included."""
+        return self.num_classes + (self.dropout > 0)
 
     @property
     def null_label(self) -> int:
@@ -130,6 +131,14 @@ class LabelEmbedder(nn.Module):
             dropped = torch.rand(labels.shape, device=labels.device) < self.dropout
             return torch.where(dropped, self.null_label, labels)
         return labels
+
+
+class LabelEmbedder(LabelDropout):
+    """Class embeddings, (B,) -> (B, D); the null class is the table's last row."""
+
+    def __init__(self, num_classes: int, width: int, dropout: float) -> None:
+        super().__init__(num_classes, dropout)
+        self.embedding_table = nn.Embedding(self.num_rows, width)
 
     def forward(self, labels: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
         return self.embedding_table(self.drop(labels, force_drop_ids))
