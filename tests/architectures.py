@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ditkit import models
+from ditkit.models.switch_dit import prior_table
 
 State = Mapping[str, Tensor]
 
@@ -68,6 +70,14 @@ def inputs(model: nn.Module, batch: int = 2, size: tuple[int, int] | None = None
     return latent, times, torch.arange(batch) % 5
 
 
+def _switch_names(state: State) -> dict[str, Tensor]:
+    """Routers beside the blocks, and the fixed tables of the authors' checkpoints."""
+    named = {re.sub(r"^blocks\.(\d+)\.router\.", r"routers.\1.", name): v for name, v in state.items()}
+    experts = re.compile(r"(routers\.\d+)\.(weight|bias)$")
+    named = {experts.sub(lambda m: f"{m[1]}.experts.{m[2][0]}", name): v for name, v in named.items()}
+    return {**named, "full_time": torch.arange(1000), "prior._unit_mapping": prior_table(1000, 2, 3, 2)}
+
+
 CASES: dict[str, Case] = {
     case.name: case
     for case in (
@@ -83,6 +93,31 @@ CASES: dict[str, Case] = {
                 Published("dico-s", 33_137_672, 16.90, side=64),
                 Published("dico-xl", 701_151_368, 347.86, side=64),
             ),
+        ),
+        Case(
+            "dtr",
+            dict(input_size=8, hidden_size=32, depth=2, num_heads=4, num_classes=5),
+            published=(
+                Published("dtr-s/2", 32_963_360, 6.06),
+                Published("dtr-dit-b/2", 130_512_416),
+                Published("dtr-dit-l/2", 458_102_816),
+            ),
+            fixed=frozenset({"pos_embed"}),
+            told={"num_heads": 4},
+        ),
+        Case(
+            "switch-dit",
+            dict(input_size=8, hidden_size=32, depth=2, num_heads=4, num_classes=5),
+            published=(
+                # Multiply-adds are DiT's and k D^2 for each block and token.
+                Published("switch-dit-s/2", 38_299_460, 6.06 + 12 * 256 * 2 * 384**2 / 1e9),
+                Published("switch-dit-b/2", 151_801_412),
+                Published("switch-dit-l/2", 533_747_816),
+                Published("switch-dit-xl/2", 786_799_988, 118.62 + 19.0),
+            ),
+            fixed=frozenset({"pos_embed"}),
+            told={"num_heads": 4},
+            authors=_switch_names,
         ),
     )
 }

@@ -26,16 +26,18 @@ from ditkit.models.layers import (
     LabelEmbedder,
     Mlp,
     PatchEmbed,
+    RoutableBlock,
     TimestepEmbedder,
     modulate,
     sincos_table,
     unpatchify,
 )
 from ditkit.models.layouts import LAYOUTS, Layout, State, dit_needs, infer_dit
+from ditkit.models.routing import ChannelRouting
 from ditkit.registry import Paper, register
 
 
-class DiTBlock(nn.Module):
+class DiTBlock(RoutableBlock):
     """Attention and MLP, each shifted, scaled and gated by the conditioning (adaLN-Zero).
 
     The outputs of `attn` and `mlp` are taken before the gates: that is where feature caches hook.
@@ -49,7 +51,7 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, hidden_states: Tensor, conditioning: Tensor) -> Tensor:
+    def transform(self, hidden_states: Tensor, conditioning: Tensor) -> Tensor:
         """Tokens (B, T, D) and conditioning (B, T or 1, D) to tokens (B, T, D)."""
         modulation = self.adaLN_modulation(conditioning).chunk(6, dim=-1)  # 6 x (B, T or 1, D)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
@@ -73,11 +75,13 @@ class DiT(ClassConditionalModel):
         class_dropout_prob: how often training drops a label; above 0 there is a null class for guidance.
         num_classes: classes, the null class not counted.
         learn_sigma: whether the network predicts 2 C channels, the second half for a learned variance.
+        routing: options of `routing.ChannelRouting`: blocks see channels chosen by the timestep; None: all.
 
     Raises:
         ValueError: for sizes that do not divide.
     """
 
+    unit_time = False  # times are 0..999, not 0 (noise) to 1 (data)
     _no_split_modules = ["DiTBlock"]
     _repeated_blocks = ["DiTBlock"]
     _skip_layerwise_casting_patterns = ["x_embedder", "pos_embed", "t_embedder", "y_embedder", "norm"]
@@ -95,6 +99,7 @@ class DiT(ClassConditionalModel):
         class_dropout_prob: float = 0.1,
         num_classes: int = 1000,
         learn_sigma: bool = True,
+        routing: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.latent_size = both_sides(input_size)
@@ -109,9 +114,17 @@ class DiT(ClassConditionalModel):
         rows, columns = self.grid
         # A parameter, though fixed: the authors save it and count it.
         self.pos_embed = nn.Parameter(torch.empty(1, rows * columns, hidden_size), requires_grad=False)
-        self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
+        self.blocks = nn.ModuleList(
+            [self.make_block(hidden_size, num_heads, mlp_ratio) for _ in range(depth)]
+        )
+        self.channel_routing = (
+            None if routing is None else ChannelRouting(hidden_size, unit_time=self.unit_time, **routing)
+        )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
+
+    def make_block(self, width: int, num_heads: int, mlp_ratio: float) -> nn.Module:
+        return DiTBlock(width, num_heads, mlp_ratio)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -148,12 +161,31 @@ class DiT(ClassConditionalModel):
         return tokens, conditioning.unsqueeze(1)
 
     def run_blocks(
-        self, tokens: Tensor, conditioning: Tensor, start: int = 0, stop: int | None = None
+        self,
+        tokens: Tensor,
+        conditioning: Tensor,
+        start: int = 0,
+        stop: int | None = None,
+        timestep: Tensor | None = None,
     ) -> Tensor:
-        """Blocks `start` to `stop` (not included; None is the end) over tokens (B, T, D)."""
+        """Blocks `start` to `stop` (not included; None is the end) over tokens (B, T, D).
+
+        Raises:
+            ValueError: no `timestep` (B,) for a model whose blocks need it (routing).
+        """
+        gates = self.gates(tokens, timestep)
         for block in self.blocks[start:stop]:
-            tokens = self.run(block, tokens, conditioning)
+            tokens = self.run(block, tokens, conditioning, *gates)
         return tokens
+
+    def gates(self, tokens: Tensor, timestep: Tensor | None) -> tuple[Tensor, ...]:
+        """What the blocks get beyond tokens and conditioning: the mask (B, 1, D) of a routed model."""
+        if self.channel_routing is None:
+            return ()
+        if timestep is None:
+            raise ValueError("this model is routed by the timestep: give run_blocks its timestep=(B,)")
+        mask = self.channel_routing(timestep, dtype=tokens.dtype)
+        return () if mask is None else (mask,)
 
     def head(self, tokens: Tensor, conditioning: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens (B, R S, D) of a grid (R, S) to the prediction (B, C_out, H, W)."""
@@ -186,13 +218,15 @@ class DiT(ClassConditionalModel):
         if timestep.ndim == 0:
             timestep = timestep.expand(hidden_states.shape[0])
         tokens, conditioning = self.embed(hidden_states, timestep, class_labels, force_drop_ids)
-        tokens = self.run_blocks(tokens, conditioning)
+        tokens = self.run_blocks(tokens, conditioning, timestep=timestep)
         sample = self.head(tokens, conditioning, self.x_embedder.grid(*hidden_states.shape[-2:]))
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
 
 class SiT(DiT):
     """The same network for interpolants: times in [0, 1], variance channels computed but dropped."""
+
+    unit_time = True
 
     def head(self, tokens: Tensor, conditioning: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens (B, R S, D) to the prediction (B, C, H, W)."""

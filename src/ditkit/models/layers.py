@@ -176,6 +176,23 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(hidden_states)))
 
 
+class RoutableBlock(nn.Module):
+    """A residual block that may read a masked stream: `block(m x) + (1 - m) x`.
+
+    A subclass defines `transform(hidden_states, conditioning)`, the block itself. The mask is part of the
+    block, so that what replaces a block's output replaces all of it.
+    """
+
+    def transform(self, hidden_states: Tensor, conditioning: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, hidden_states: Tensor, conditioning: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Tokens (B, T, D), conditioning (B, T or 1, D) and mask (B, T or 1, D) or None -> (B, T, D)."""
+        if mask is None:
+            return self.transform(hidden_states, conditioning)
+        return self.transform(hidden_states * mask, conditioning) + (1 - mask) * hidden_states
+
+
 class FinalLayer(nn.Module):
     """The head: adaptive layer norm and one linear map, (B, T, D) -> (B, T, P P C_out)."""
 
