@@ -119,5 +119,15 @@ CASES: dict[str, Case] = {
             told={"num_heads": 4},
             authors=_switch_names,
         ),
+        Case(
+            "lit",
+            dict(input_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=5),
+            published=(
+                Published("lit-s/2", 33_023_264),  # as DiT's, with 26 E more for each block
+                Published("lit-xl/2", 675_129_632 + 28 * 26 * 288),
+            ),
+            sizes=((8, 8), (4, 12), (6, 2)),
+            fixed=frozenset({"pos_embed"}),
+        ),
     )
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 from ditkit import registry
@@ -32,3 +35,25 @@ def split(name: str) -> tuple[str, str | None]:
     known = sorted(registry.entries("model"), key=len, reverse=True)
     architecture = next((k for k in known if wanted == k or wanted.startswith(f"{k}-")), name)
     return architecture, wanted[len(architecture) + 1 :] or None
+
+
+def load(folder: str | Path, **options: Any) -> Any:
+    """The model of ours in a folder that `save_pretrained` wrote, whatever its class.
+
+    Args:
+        folder: with config.json.
+        **options: of `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ValueError: it names no class of ours.
+    """
+    config = Path(folder) / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"no model folder at {folder}: it has no config.json")
+    name = json.loads(config.read_text()).get("_class_name")
+    for entry in registry.entries("model").values():
+        cls = getattr(sys.modules[entry.target.__module__], str(name), None)
+        if cls is not None:
+            return cls.from_pretrained(folder, **options)
+    raise ValueError(f"{config} names the class {name!r}, which is no architecture of ours")

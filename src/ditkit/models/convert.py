@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ditkit import registry
 from ditkit.files import whole_file
-from ditkit.models import split
+from ditkit.models import load, split
 from ditkit.models.layouts import LAYOUTS, Layout
 from ditkit.models.weight_files import ConversionError, listed, read_weights
 
@@ -122,6 +122,62 @@ def convert(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         bytes=size,
         notes=tuple(notes),
+    )
+
+
+def inherit(
+    source: str | Path,
+    arch: str,
+    output: str | Path,
+    *,
+    config: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Write a model of another architecture that starts from the weights of a trained one.
+
+    Args:
+        source: a folder written by `save_pretrained` or `convert`.
+        arch: the new architecture, such as "lit"; its sizes are the old model's.
+        output: a folder that does not exist yet, or is empty.
+        config: changes to the new model's configuration.
+        progress: called as bytes are written.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        FileExistsError: the output is there already.
+        UnknownNameError: an architecture that does not exist.
+        ConversionError: an architecture that inherits from no such model.
+    """
+    source, output = Path(source), Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} exists already; remove it or choose another output folder")
+    family, variant = split(arch)
+    registry.get("model", family)
+    ways = LAYOUTS[family].inherits if family in LAYOUTS else {}
+    try:
+        old = load(source)
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
+    origin = type(old).__name__.lower()
+    if origin not in ways or variant:
+        raise ConversionError(
+            f"arch={arch!r} can't start from a {type(old).__name__}: give it without a size; "
+            f"{family} starts from {', '.join(sorted(ways)) or 'no other architecture'}"
+        )
+    try:
+        model = ways[origin](old, **(config or {}))
+    except (TypeError, ValueError) as error:
+        raise ConversionError(f"no {family} from {source} with {dict(config or {})}: {error}") from error
+    _write(model, output, progress)
+    settings = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    return Conversion(
+        output=output,
+        architecture="-".join(filter(None, (family, _named(LAYOUTS[family], settings)))),
+        weights="only",
+        config=settings,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        bytes=sum(value.nbytes for value in model.state_dict().values()),
+        notes=(f"what a {family} has in place of the {origin}'s parts starts afresh: train it",),
     )
 
 

@@ -51,11 +51,11 @@ class DiTBlock(RoutableBlock):
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def transform(self, hidden_states: Tensor, conditioning: Tensor) -> Tensor:
-        """Tokens (B, T, D) and conditioning (B, T or 1, D) to tokens (B, T, D)."""
+    def transform(self, hidden_states: Tensor, conditioning: Tensor, *more: Any) -> Tensor:
+        """Tokens (B, T, D) and conditioning (B, T or 1, D) to tokens (B, T, D); `more` goes to `attn`."""
         modulation = self.adaLN_modulation(conditioning).chunk(6, dim=-1)  # 6 x (B, T or 1, D)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
-        attended = self.attn(modulate(self.norm1(hidden_states), shift_attn, scale_attn))
+        attended = self.attn(modulate(self.norm1(hidden_states), shift_attn, scale_attn), *more)
         hidden_states = hidden_states + gate_attn * attended
         transformed = self.mlp(modulate(self.norm2(hidden_states), shift_mlp, scale_mlp))
         return hidden_states + gate_mlp * transformed
@@ -167,18 +167,20 @@ class DiT(ClassConditionalModel):
         start: int = 0,
         stop: int | None = None,
         timestep: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> Tensor:
         """Blocks `start` to `stop` (not included; None is the end) over tokens (B, T, D).
 
         Raises:
-            ValueError: no `timestep` (B,) for a model whose blocks need it (routing).
+            ValueError: no `timestep` (B,) for a model whose blocks need it (routing), or no `grid` (R, S)
+                where they need it and it is not the configured one.
         """
-        gates = self.gates(tokens, timestep)
+        gates = self.gates(tokens, timestep, grid)
         for block in self.blocks[start:stop]:
             tokens = self.run(block, tokens, conditioning, *gates)
         return tokens
 
-    def gates(self, tokens: Tensor, timestep: Tensor | None) -> tuple[Tensor, ...]:
+    def gates(self, tokens: Tensor, timestep: Tensor | None, grid: tuple[int, int] | None) -> tuple[Any, ...]:
         """What the blocks get beyond tokens and conditioning: the mask (B, 1, D) of a routed model."""
         if self.channel_routing is None:
             return ()
@@ -218,8 +220,9 @@ class DiT(ClassConditionalModel):
         if timestep.ndim == 0:
             timestep = timestep.expand(hidden_states.shape[0])
         tokens, conditioning = self.embed(hidden_states, timestep, class_labels, force_drop_ids)
-        tokens = self.run_blocks(tokens, conditioning, timestep=timestep)
-        sample = self.head(tokens, conditioning, self.x_embedder.grid(*hidden_states.shape[-2:]))
+        grid = self.x_embedder.grid(*hidden_states.shape[-2:])
+        tokens = self.run_blocks(tokens, conditioning, timestep=timestep, grid=grid)
+        sample = self.head(tokens, conditioning, grid)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
 

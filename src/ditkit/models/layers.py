@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -179,18 +180,20 @@ class Mlp(nn.Module):
 class RoutableBlock(nn.Module):
     """A residual block that may read a masked stream: `block(m x) + (1 - m) x`.
 
-    A subclass defines `transform(hidden_states, conditioning)`, the block itself. The mask is part of the
-    block, so that what replaces a block's output replaces all of it.
+    A subclass defines `transform(hidden_states, conditioning, *more)`, the block itself. The mask is part of
+    the block, so that what replaces a block's output replaces all of it.
     """
 
-    def transform(self, hidden_states: Tensor, conditioning: Tensor) -> Tensor:
+    def transform(self, hidden_states: Tensor, conditioning: Tensor, *more: Any) -> Tensor:
         raise NotImplementedError
 
-    def forward(self, hidden_states: Tensor, conditioning: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, conditioning: Tensor, mask: Tensor | None = None, *more: Any
+    ) -> Tensor:
         """Tokens (B, T, D), conditioning (B, T or 1, D) and mask (B, T or 1, D) or None -> (B, T, D)."""
         if mask is None:
-            return self.transform(hidden_states, conditioning)
-        return self.transform(hidden_states * mask, conditioning) + (1 - mask) * hidden_states
+            return self.transform(hidden_states, conditioning, *more)
+        return self.transform(hidden_states * mask, conditioning, *more) + (1 - mask) * hidden_states
 
 
 class FinalLayer(nn.Module):

@@ -27,6 +27,7 @@ class Layout:
         needs: settings -> (a setting that must be known, why it can't be told), in the order of asking.
         variants: the named configurations.
         rename: the authors' names to ours; tensors that are no weights (tables, masks) are dropped.
+        inherits: other architectures that a model can start from, and how: (model, **config) -> model.
         null_class: whether the label table's last row is the null class, so that a note says so.
     """
 
@@ -34,6 +35,7 @@ class Layout:
     needs: Callable[[Settings], Iterable[tuple[str, str]]] = lambda settings: ()
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
+    inherits: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     null_class: bool = True
 
 

@@ -143,7 +143,7 @@ class SwitchDiT(DiT):
     def make_block(self, width: int, num_heads: int, mlp_ratio: float) -> nn.Module:
         return SwitchDiTBlock(width, num_heads, mlp_ratio, *self.expert_counts)
 
-    def gates(self, tokens: Tensor, timestep: Tensor | None) -> tuple[Tensor, ...]:
+    def gates(self, tokens: Tensor, timestep: Tensor | None, grid: tuple[int, int] | None) -> tuple[Any, ...]:
         """What the blocks get beyond tokens and conditioning: the time embedding (B, D)."""
         if timestep is None:
             raise ValueError("the experts are chosen by the timestep: give run_blocks its timestep=(B,)")
