@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ditkit.seams.anatomy import Anatomy, Seam, describe
 from ditkit.seams.blocks import BlockSeam
-from ditkit.seams.errors import SeamError
 from ditkit.seams.cost import ModelCost
+from ditkit.seams.errors import SeamError
 from ditkit.seams.hooking import Around, Forward, Hooks
 from ditkit.seams.layout import TokenLayout
 from ditkit.seams.stats import Stats, counting
