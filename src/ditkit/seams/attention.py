@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.seams import executors  # noqa: F401  (they take the original function: import before it is replaced)
-from ditkit.seams.anatomy import View, child
+from ditkit.seams.anatomy import View, child, describe
 from ditkit.seams.errors import SeamError
 from ditkit.seams.layout import TokenLayout
 from ditkit.seams.stats import attention_flops, stands_for
@@ -41,7 +41,11 @@ _PLANS_KEPT = 8
 
 
 class AttentionStrategy(Protocol):
-    """What a method puts in place of dense attention."""
+    """What a method puts in place of dense attention.
+
+    A strategy whose work depends on the step may have a method `begin(step: Step)` too: it is called at the
+    start of each forward, outside compiled code.
+    """
 
     def plan(self, layout: TokenLayout, heads: int, device: torch.device) -> Any:
         """The static part (permutations, masks, lists), made once for each layout, before the blocks run.
@@ -288,6 +292,9 @@ class AttentionSeam:
         if self.strategy is None:
             return
         layout = self.host.layout()
+        begin = getattr(self.strategy, "begin", None)
+        if begin is not None:
+            begin(self.host.clock.step)
         self._running.value, self._grid = layout, layout.grid
         device = self.host.device()
         for kind, view, heads in self._kinds:
@@ -359,18 +366,27 @@ class AttentionSeam:
 
     def _calls(self) -> list[tuple[AttentionCall, nn.Module]]:
         """Every attention module of the blocks with its call object, in running order."""
-        names = {module: name for name, module in self.host.model.named_modules()}
         calls, layer = [], 0
-        for stack, _, block in self.host.anatomy.blocks(self.host.model):
-            for attention in stack.attention:
-                module = child(block, attention.module)
-                if module is None:
-                    continue
-                own = attention.kind != "cross"
-                call = AttentionCall(layer if own else -1, names[module], attention.kind, self, stack.view)
-                calls.append((call, module))
-                layer += own
+        for name, kind, view, module in _attentions(self.host.model):
+            own = kind != "cross"
+            calls.append((AttentionCall(layer if own else -1, name, kind, self, view), module))
+            layer += own
         return calls
+
+
+def attention_modules(model: nn.Module) -> list[tuple[str, Kind, nn.Module]]:
+    """Path, kind and module of every attention of the blocks of a model, in running order."""
+    return [(name, kind, module) for name, kind, _, module in _attentions(model)]
+
+
+def _attentions(model: nn.Module) -> list[tuple[str, Kind, View, nn.Module]]:
+    names = {module: name for name, module in model.named_modules()}
+    return [
+        (names[module], attention.kind, stack.view, module)
+        for stack, _, block in describe(model).blocks(model)
+        for attention in stack.attention
+        if (module := child(block, attention.module)) is not None
+    ]
 
 
 def _named(call: AttentionCall, module: nn.Module) -> Callable[..., Any]:

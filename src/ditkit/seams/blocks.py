@@ -39,8 +39,9 @@ class StackCache:
         block `after - 1`; None when `after` is 0, since the answer is then needed before the embedding."""
         raise NotImplementedError
 
-    def store(self, step: Step, hidden_states: Tensor) -> None:
-        """Take the output (B, L, C) of the last block, image tokens only, that a full forward computed."""
+    def store(self, step: Step, hidden_states: Tensor) -> Tensor | None:
+        """Take the output (B, L, C) of the last block, image tokens only, that a full forward computed. A
+        tensor given back goes on in its place."""
         raise NotImplementedError
 
     def recall(self, step: Step, hidden_states: Tensor) -> Tensor:
@@ -137,11 +138,18 @@ class BlockSeam:
 
         Raises:
             ConflictError: another cache owns the blocks.
+            ConflictError: a method chooses tokens, so that the rows of a unit's output change.
             SeamError: feed-forward chunking is on, which calls a unit several times in a forward, or this
                 class does not allow it.
         """
         self._host.require("units")
         self._claim()
+        if self._host.tokens.owner is not None:
+            raise ConflictError(
+                f"{self._host.attaching} keeps outputs of modules row by row, but {self._host.tokens.owner} "
+                "changes the rows from step to step. Use a cache of the whole stack "
+                "(granularity='last-block')"
+            )
         self._refuse_chunks()
         self._unit_cache = cache
         self._store, self._recall = torch.compiler.disable(cache.store), torch.compiler.disable(cache.recall)
@@ -201,9 +209,11 @@ class BlockSeam:
                 hidden = self._recalled(step, stack, hidden)
             return _returned(stack, hidden, args, kwargs)
         output = forward(*args, **kwargs)
-        if last:
-            self._store(step, _hidden(stack, output)[:, self._image(stack)])
-        return output
+        if not last:
+            return output
+        hidden, image = _hidden(stack, output), self._image(stack)
+        instead = self._store(step, hidden[:, image])
+        return output if instead is None else _exchanged(stack, output, splice(hidden, image, instead))
 
     def _image(self, stack: Stack) -> slice:
         """The image tokens in what a block of this stack works on; all tokens where text and image are joined
@@ -339,6 +349,16 @@ def _argument(stack: Stack, name: str, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _hidden(stack: Stack, output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[stack.returns.index("hidden_states")]
+
+
+def _exchanged(stack: Stack, output: Any, hidden: Tensor) -> Any:
+    """A block's output with other image tokens."""
+    if isinstance(output, Tensor):
+        return hidden
+    return tuple(
+        hidden if name == "hidden_states" else value
+        for name, value in zip(stack.returns, output, strict=True)
+    )
 
 
 def _returned(stack: Stack, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -38,6 +38,9 @@ class TokenSeam:
     """The sequence of image tokens of one model. At most one choice owns it.
 
     Text tokens stay as they are. Rotary rows, masks and per-token modulation follow the tokens.
+
+    Attributes:
+        owner: the method that chooses, in words; None without one.
     """
 
     def __init__(self, host: Host) -> None:
@@ -45,6 +48,7 @@ class TokenSeam:
         self._blocks = host.anatomy.blocks(host.model)
         self._first = next((at for at, (stack, *_) in enumerate(self._blocks) if not stack.whole), 0)
         self._choice: TokenChoice | None = None
+        self.owner: str | None = None
         self._indices: Tensor | None = None
         self._entered: Tensor | None = None
         self._rows: dict[tuple[str, int, int], tuple[Any, Any]] = {}
@@ -60,7 +64,7 @@ class TokenSeam:
             raise ConflictError("the tokens of this model already belong to a method; only one can own them")
         self._host.require("tokens")
         self._refuse({})
-        self._choice = choice
+        self._choice, self.owner = choice, self._host.attaching or repr(choice)
         for place, (stack, _, block) in enumerate(self._blocks):
 
             def around(
