@@ -19,13 +19,10 @@ from ditkit.methods.clear import LocalWindow
 from ditkit.methods.taylorseer import TaylorSeer
 from ditkit.seams.anatomy import Seam, Stack, child, describe
 from ditkit.seams.attention import Dense
-from ditkit.seams.blocks import Outputs, StackCache, UnitCache, UnitRef
 from ditkit.seams.errors import SeamError
 from ditkit.seams.facts import FACTS
-from ditkit.seams.host import Host
 from ditkit.seams.layout import TokenLayout
-from ditkit.seams.steps import Step
-from ditkit.seams.tokens import TokenChoice
+from probes import Chosen, Memory, StackMemory, Using
 from tiny_models import output
 from zoo import ZOO
 from zoo.common import TEXT
@@ -67,27 +64,6 @@ def forward(name: str, batch: int = 2, size: int = 0, noise: float = 0.8) -> Ten
     return found[:, TEXT:] if name == "Ideogram4Transformer2DModel" else found
 
 
-class Using:
-    """A method made of one thing to put at one seam."""
-
-    def __init__(self, thing: Any) -> None:
-        self.thing = thing
-
-    @property
-    def claims(self) -> frozenset[str]:
-        return frozenset()
-
-    def attach(self, host: Host) -> None:
-        if isinstance(self.thing, StackCache):
-            host.blocks.cache_stack(self.thing)
-        elif isinstance(self.thing, UnitCache):
-            host.blocks.cache_units(self.thing)
-        elif isinstance(self.thing, TokenChoice):
-            host.tokens.choose(self.thing)
-        else:
-            host.attention.use(self.thing)
-
-
 def test_every_class_has_a_tiny_instance() -> None:
     assert set(ZOO) == set(FACTS)
 
@@ -102,42 +78,6 @@ def test_nothing_applied_changes_no_bit(name: str) -> None:
 
 
 # Blocks and units.
-
-
-class Memory(UnitCache):
-    """Keeps what each unit gave; then gives it back."""
-
-    def __init__(self) -> None:
-        self.kept: dict[int, Outputs] = {}
-        self.chosen: Callable[[UnitRef], bool] = lambda unit: False
-
-    def replaced(self, step: Step, units: Sequence[UnitRef]) -> Sequence[bool]:
-        return [self.chosen(unit) for unit in units]
-
-    def store(self, step: Step, unit: UnitRef, outputs: Outputs) -> None:
-        self.kept[unit.index] = outputs
-
-    def recall(self, step: Step, unit: UnitRef) -> Outputs:
-        return self.kept[unit.index]
-
-
-class StackMemory(StackCache):
-    """Keeps the last output of the blocks; then gives it back."""
-
-    def __init__(self, after: int = 0) -> None:
-        self.after = after
-        self.kept: Tensor | None = None
-        self.skip = False
-
-    def skips(self, step: Step, hidden_states: Tensor | None) -> bool:
-        return self.skip
-
-    def store(self, step: Step, hidden_states: Tensor) -> None:
-        self.kept = hidden_states
-
-    def recall(self, step: Step, hidden_states: Tensor) -> Tensor:
-        assert self.kept is not None and hidden_states.shape == self.kept.shape
-        return self.kept
 
 
 class Ran:
@@ -395,14 +335,6 @@ def test_the_grid_is_where_the_tokens_are(name: str, size: int) -> None:
 
 
 # Tokens.
-
-
-class Chosen(TokenChoice):
-    def __init__(self, indices: Tensor) -> None:
-        self.indices = indices
-
-    def select(self, step: Step, hidden_states: Tensor) -> Tensor:
-        return self.indices
 
 
 def tokens_of(name: str) -> int:

@@ -22,13 +22,14 @@ _SEAMS: dict[Seam, str] = {
 }
 _PAGE = """# Classes of diffusers
 
-Methods run on {count} classes. Caches *skip the blocks*, and supply the last one's output, or *replace parts of a
-block*; token methods *leave tokens out*; sparse *attention* takes the place of the dense one. A number names the reason
-that a method gets when it asks for what a class does not allow. A call may be refused, too, with a reason of its
-own: reference pictures beside the one that is drawn, residuals of a ControlNet, prompts of several lengths in a batch.
+Methods run on {count} classes. Caches *skip the blocks*, and supply the last one's output, or *replace
+parts of a block*; token methods *leave tokens out*; sparse *attention* takes the place of the dense one.
+A number names the reason that a method gets when it asks for what a class does not allow. A call may be
+refused, too, with a reason of its own: reference pictures beside the one that is drawn, residuals of a
+ControlNet, prompts of several lengths in a batch.
 
-This page is written by `scripts/render_models.py` from `src/ditkit/seams/facts/`. `ditkit models --classes` shows it in
-short.
+This page is written by `scripts/render_models.py` from `src/ditkit/seams/facts/`;
+`ditkit models --classes` shows it in short.
 
 {table}
 

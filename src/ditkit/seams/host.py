@@ -20,7 +20,7 @@ from ditkit.seams.errors import SeamError
 from ditkit.seams.hooking import Around, Forward, Hooks
 from ditkit.seams.layout import TokenLayout
 from ditkit.seams.stats import Stats, counting
-from ditkit.seams.steps import StepClock
+from ditkit.seams.steps import StepClock, shape_of
 from ditkit.seams.tokens import TokenSeam
 
 _OUTWARDS = ("attention", "tokens", "blocks")
@@ -267,6 +267,4 @@ def inside(module: nn.Module) -> nn.Module:
 
 
 def _shapes(arguments: dict[str, Any]) -> Hashable:
-    return tuple(
-        (name, tuple(value.shape) if isinstance(value, Tensor) else None) for name, value in arguments.items()
-    )
+    return tuple((name, shape_of(value)) for name, value in arguments.items())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -199,7 +199,9 @@ class StepClock:
         timestep = _largest(arguments.get(self._anatomy.timestep))
         sample = arguments.get(self._anatomy.sample)
         shapes = tuple(
-            (name, tuple(value.shape)) for name, value in arguments.items() if isinstance(value, Tensor)
+            (name, shape_of(value))
+            for name, value in arguments.items()
+            if isinstance(value, Tensor) or name == self._anatomy.sample
         )
         if self._renew or self._is_new(timestep, sample):
             self._start(timestep)
@@ -273,3 +275,10 @@ def _largest(timestep: Any) -> float:
 
 def _same(one: Tensor, other: Tensor) -> bool:
     return one is other or (one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other))
+
+
+def shape_of(value: Any) -> Hashable:
+    """The shape of a tensor, the shapes in a list of tensors (Z-Image's samples), None for anything else."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    return tuple(map(shape_of, value)) if isinstance(value, (list, tuple)) else None
