@@ -86,6 +86,7 @@ class Host:
         self.running = False
         self.attaching = ""
         self.arguments: dict[str, Any] = {}
+        self._text: int | None = None
         self._signature = inspect.signature(type(model).forward)
         self._removers: list[Callable[[], None]] = []
         self._notes: list[Callable[[], list[str]]] = []
@@ -128,7 +129,10 @@ class Host:
     def text_length(self) -> int:
         """Text tokens in the joint sequence of the forward that runs; of what cross-attention reads, where
         the text has attention modules of its own."""
-        return self.anatomy.text_tokens(self.anatomy, self.model, self.arguments)
+        if self._text is None:
+            # Once for each forward: some classes have to read a mask to know.
+            self._text = self.anatomy.text_tokens(self.anatomy, self.model, self.arguments)
+        return self._text
 
     def device(self) -> torch.device:
         """Where the sample of the forward that runs is."""
@@ -198,7 +202,7 @@ class Host:
             return forward(*args, **kwargs)
         arguments = dict(self._signature.bind_partial(self.model, *args, **kwargs).arguments)
         arguments.pop("self", None)
-        self.arguments = arguments
+        self.arguments, self._text = arguments, None
         step = self.clock.begin(arguments, self._root.context)
         start = time.perf_counter()
         self.running = True
