@@ -93,6 +93,8 @@ class Anatomy:
         sample: name of the forward's noisy input.
         encoder: names of the forward's text states, each (B, T, C), joined along T in the model.
         text_mask: names of the forward's (B, T) masks of valid text tokens, joined the same way.
+        channels: axis of the channels in clips of five dimensions.
+        packed: the pipeline packs packed x packed pixels into a token of (B, L, C), channel by channel.
         timestep: name of the forward's timestep argument.
         falling_time: timesteps fall during a generation (diffusers), so that a rise tells a new one.
         no_tokens: why the blocks can't run on a subset of tokens, by a check of the model; None: they can.
@@ -105,6 +107,8 @@ class Anatomy:
     sample: str = "hidden_states"
     encoder: tuple[str, ...] = ("encoder_hidden_states",)
     text_mask: tuple[str, ...] = ()
+    channels: int = 1
+    packed: int = 1
     timestep: str = "timestep"
     falling_time: bool = True
     no_tokens: Callable[[nn.Module, Arguments], str | None] = lambda model, arguments: None

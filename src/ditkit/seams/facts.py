@@ -143,6 +143,7 @@ _FLUX = Anatomy(
     name="FluxTransformer2DModel",
     text="prefix",
     grid=_packed_grid,
+    packed=2,
     no_tokens=_controlled,
     stacks=(
         Stack(
@@ -296,6 +297,7 @@ _COGVIDEOX = Anatomy(
     name="CogVideoXTransformer3DModel",
     text="prefix",
     grid=_frames_first,
+    channels=2,
     stacks=(
         Stack(
             path="transformer_blocks",
@@ -331,6 +333,7 @@ _QWEN = Anatomy(
     name="QwenImageTransformer2DModel",
     text="prefix",
     grid=_listed_grid,
+    packed=2,
     text_mask=("encoder_hidden_states_mask",),
     no_tokens=_controlled,
     stacks=(
