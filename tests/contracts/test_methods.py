@@ -29,6 +29,7 @@ METHODS = entries("method")
 ACTIVE: dict[str, dict[str, Any]] = {
     "taylorseer": {"interval": 3, "order": 2},
     "local-window": {"radius": 1},
+    "ras": {"start": 2, "error_reset_steps": (5,)},
 }
 
 every_method = pytest.mark.parametrize("entry", METHODS.values(), ids=METHODS.keys())

@@ -58,8 +58,8 @@ class RAS:
     Args:
         sample_ratio: share of the tokens that run at a RAS step, above 0; 1 runs all of them.
         start: first step, >= 1, that may run on some tokens.
-        end: from this step on all tokens run again (from the one after it in fact: as in the authors' code,
-            step `end` runs on the tokens of the step before). None: never.
+        end: the last step that may; it runs on the tokens chosen for the step before, as in the authors' code.
+            None: the last of all, which has tokens of its own.
         error_reset_steps: steps at which all tokens run; those that a generation does not have are ignored. As
             text: `"12+20"`. None: at about a third and two thirds of the steps from `start` on, one for 5 to 9
             such steps and none for fewer; 12 and 22 where the number of steps isn't known.
@@ -67,7 +67,7 @@ class RAS:
             `"random"` ranks the tokens by chance, the paper's ablation.
         high_ratio: 0 to 1, which share of the skipped tokens is taken from the highest ranks; the others from
             the lowest.
-        starvation_scale: k >= 0; a token skipped n times is ranked by metric exp(-k n) among the highest and by
+        starvation_scale: k, usually >= 0; a token skipped n times is ranked by metric exp(-k n) among the highest and by
             metric exp(+k n) among the lowest, so that it runs sooner (`starvation="corrected"`).
         starvation: `"released"`: metric exp(k n) for both, as published: at high_ratio 1 it keeps skipped
             tokens skipped.
@@ -118,11 +118,12 @@ class RAS:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
                 raise ValueError(f"{name} must be a whole number of at least {lowest}; got {value!r}")
-        if self.end is not None and self.end < self.start:
-            raise ValueError(f"end must be at least start, which is {self.start}, or None; got {self.end}")
-        for name in ("starvation_scale", "reach"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0; got {getattr(self, name)!r}")
+        if self.end is not None and self.end < 0:
+            raise ValueError(f"end must be a step index or None; got {self.end}")
+        if not math.isfinite(self.starvation_scale):
+            raise ValueError(f"starvation_scale must be a finite number; got {self.starvation_scale}")
+        if not self.reach >= 0:
+            raise ValueError(f"reach must be at least 0; got {self.reach}")
         choices = {"metric": Metric, "starvation": Starvation, "inactive": Inactive}
         for name, known in choices.items():
             if getattr(self, name) not in get_args(known):
