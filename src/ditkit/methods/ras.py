@@ -482,6 +482,8 @@ class _State(TokenChoice, KeyPolicy):
         elif step.index >= self.options.start - 1:
             # A pipeline may work in place on what it gets.
             branch.last = output.detach().clone()
+            if self.options.end is None:
+                branch.reused = None  # otherwise the last step may want an old one again
         return output
 
     def _completed(self, step: Step, branch: _Branch, output: Tensor, patches: Patches) -> Tensor:
