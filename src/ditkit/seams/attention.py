@@ -44,7 +44,11 @@ _PLANS_KEPT = 8
 
 
 class AttentionStrategy(Protocol):
-    """What a method puts in place of dense attention."""
+    """What a method puts in place of dense attention.
+
+    A strategy whose work depends on the step may have a method `begin(step: Step)` too: it is called at the
+    start of each forward, outside compiled code.
+    """
 
     def plan(self, layout: TokenLayout, heads: int, device: torch.device) -> Any:
         """The static part (permutations, masks, lists), made once for each layout, before the blocks run.
@@ -312,6 +316,9 @@ class AttentionSeam:
         if self.strategy is None and self.kept is None:
             return
         layout = self.host.layout()
+        begin = getattr(self.strategy, "begin", None)
+        if begin is not None:
+            begin(self.host.clock.step)
         self._running.value, self._grid = layout, layout.grid
         for kind in ("joint", "self"):
             self._recent[kind, _seen_by(kind, layout).length] = layout

@@ -38,8 +38,9 @@ class StackCache:
         block `after - 1`; None when `after` is 0, since the answer is then needed before the embedding."""
         raise NotImplementedError
 
-    def store(self, step: Step, hidden_states: Tensor) -> None:
-        """Take the output (B, L, C) of the last block, image tokens only, that a full forward computed."""
+    def store(self, step: Step, hidden_states: Tensor) -> Tensor | None:
+        """Take the output (B, L, C) of the last block, image tokens only, that a full forward computed. A
+        tensor given back goes on in its place."""
         raise NotImplementedError
 
     def recall(self, step: Step, hidden_states: Tensor) -> Tensor:
@@ -202,9 +203,10 @@ class BlockSeam:
                 hidden = self._recall(step, hidden)
             return _returned(stack, hidden, args, kwargs)
         output = forward(*args, **kwargs)
-        if last:
-            self._store(step, _hidden(stack, output))
-        return output
+        if not last:
+            return output
+        instead = self._store(step, _hidden(stack, output))
+        return output if instead is None else _exchanged(stack, output, instead)
 
     # Replacing units.
 
@@ -307,6 +309,16 @@ def _argument(stack: Stack, name: str, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _hidden(stack: Stack, output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[stack.returns.index("hidden_states")]
+
+
+def _exchanged(stack: Stack, output: Any, hidden: Tensor) -> Any:
+    """A block's output with other image tokens."""
+    if isinstance(output, Tensor):
+        return hidden
+    return tuple(
+        hidden if name == "hidden_states" else value
+        for name, value in zip(stack.returns, output, strict=True)
+    )
 
 
 def _returned(stack: Stack, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

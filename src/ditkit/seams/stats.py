@@ -112,9 +112,12 @@ class Stats:
     densities: list[tuple[float, int]] = field(default_factory=list)
     token_shares: list[float] = field(default_factory=list)
     modes: list[Callable[[], Hashable]] = field(default_factory=list)
+    computed_at: list[int] = field(default_factory=list)
+    series: dict[str, dict[int, float]] = field(default_factory=dict)
     _holders: list[Callable[[], int]] = field(default_factory=list)
-    _step: Hashable = None
+    _step: tuple[int, int] | None = None
     _step_computed: bool = False
+    _series_of: int = -1
 
     def holds(self, size: Callable[[], int]) -> None:
         """Register a function that tells how many bytes a method holds right now."""
@@ -125,6 +128,12 @@ class Stats:
         if self._holders:
             self.bytes_cached = max(self.bytes_cached, sum(size() for size in self._holders))
 
+    def record(self, name: str, generation: int, index: int, value: float) -> None:
+        """Note a figure of a step that a method decided by; those of the last generation are kept."""
+        if generation != self._series_of:
+            self._series_of, self.series = generation, {}
+        self.series.setdefault(name, {})[index] = value
+
     def attended(self, density: float, calls: int = 1) -> None:
         """Note that attention calls computed this share of their query-key pairs, 0 to 1."""
         self.densities.append((density, calls))
@@ -133,14 +142,19 @@ class Stats:
         """Note the share of the image tokens, 0 to 1, that a forward ran on."""
         self.token_shares.append(share)
 
-    def forward(self, step: Hashable, branch: str, computed: bool, shapes: Hashable, kind: Hashable) -> None:
-        """Note one finished forward; `step` names the step it belongs to, `kind` how it ran."""
+    def forward(
+        self, step: tuple[int, int], branch: str, computed: bool, shapes: Hashable, kind: Hashable
+    ) -> None:
+        """Note one finished forward; `step` is its generation and index, `kind` tells how it ran."""
         if step != self._step:
+            if self._step is None or step[0] != self._step[0]:
+                self.computed_at = []
             self._step, self._step_computed = step, False
             self.steps += 1
         if computed and not self._step_computed:
             self._step_computed = True
             self.steps_computed += 1
+            self.computed_at.append(step[1])
         self.branches.setdefault(branch, Counter())["computed" if computed else "forecast"] += 1
         self.forwards[shapes, kind] += 1
         if computed:
@@ -178,6 +192,8 @@ class Report:
         density: mean share of query-key pairs that replaced attention calls computed; None without any.
         tokens: mean share of the image tokens that forwards ran on; None where no method chooses tokens.
         notes: plain words, e.g. why a method could not help here.
+        computed_at: indices of the steps that the last generation computed.
+        series: figures by which a method decided in the last generation: name -> step index -> value.
     """
 
     methods: list[str]
@@ -193,6 +209,8 @@ class Report:
     density: float | None
     notes: list[str]
     tokens: float | None = None
+    computed_at: list[int] = field(default_factory=list)
+    series: dict[str, dict[int, float]] = field(default_factory=dict)
 
     @property
     def flops_saved(self) -> float | None:
@@ -268,4 +286,6 @@ def combine(stats: list[Stats], methods: list[str], notes: list[str]) -> Report:
         density=sum(density * number for density, number in densities) / calls if calls else None,
         notes=notes,
         tokens=sum(shares) / len(shares) if shares else None,
+        computed_at=sorted({index for one in stats for index in one.computed_at}),
+        series={name: values for one in stats for name, values in one.series.items()},
     )

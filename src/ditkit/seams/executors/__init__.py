@@ -9,21 +9,30 @@
 
 from __future__ import annotations
 
-from ditkit.seams.executors.blocks import BlockLists, Tiling, dense_mask, density, tile_grid
+from ditkit.seams.executors.blocks import BlockLists, Tiling, dense_mask, density, sides, tile_grid
 from ditkit.seams.executors.dense import combine, is_key_mask, key_mask, masked_dense
 from ditkit.seams.executors.flex import FlexPlan, FlexTable, flex_blocks, flex_table, plan_blocks, plan_table
-from ditkit.seams.executors.gather import gather_blocks
+from ditkit.seams.executors.gather import gather_blocks, gather_blocks_with_lse
 from ditkit.seams.executors.plan import (
     DENSE_ABOVE,
     DENSE_BELOW,
     BlockPlan,
     Choice,
     Executor,
+    StaticMask,
+    WindowPlan,
     choose,
+    in_words,
     needs_gradients_on_cpu,
 )
 from ditkit.seams.executors.scores import attention_with_lse, pooled_scores, pooled_tiles
-from ditkit.seams.executors.windows import Windows, gather_windows, neighbourhoods, places
+from ditkit.seams.executors.windows import (
+    Windows,
+    gather_windows,
+    gather_windows_with_lse,
+    neighbourhoods,
+    places,
+)
 
 __all__ = [
     "DENSE_ABOVE",
@@ -34,7 +43,9 @@ __all__ = [
     "Executor",
     "FlexPlan",
     "FlexTable",
+    "StaticMask",
     "Tiling",
+    "WindowPlan",
     "Windows",
     "attention_with_lse",
     "choose",
@@ -44,7 +55,10 @@ __all__ = [
     "flex_blocks",
     "flex_table",
     "gather_blocks",
+    "gather_blocks_with_lse",
     "gather_windows",
+    "gather_windows_with_lse",
+    "in_words",
     "is_key_mask",
     "key_mask",
     "masked_dense",
@@ -55,5 +69,6 @@ __all__ = [
     "plan_table",
     "pooled_scores",
     "pooled_tiles",
+    "sides",
     "tile_grid",
 ]
