@@ -28,6 +28,7 @@ from torch import Tensor
 from ditkit.registry import Paper, register
 from ditkit.seams.apply import Host
 from ditkit.seams.errors import ConflictError, SeamError
+from ditkit.seams.extrapolate import ahead
 from ditkit.seams.keys import KeptKeys, KeyPolicy
 from ditkit.seams.patches import Patches
 from ditkit.seams.steps import Step
@@ -79,8 +80,8 @@ class RAS:
             that number is 0. No token runs then.
         key_value_cache: tokens that run also read the keys and values of the others, as these last were. False
             (the paper's ablation): those of each other only.
-        inactive: `"reuse"` the last velocity (the paper), or `"forecast"` it: continue the line through a
-            token's last two computed velocities over the noise level (ours).
+        inactive: `"reuse"` the last velocity, keys and values (the paper), or `"forecast"` them: continue the
+            lines through a token's last two computed ones over the noise level (ours; twice the memory).
         reach: how many times the distance of these two noise levels a forecast may look ahead; beyond it the
             line ends.
         seed: of the random metric.
@@ -351,9 +352,8 @@ class _Branch:
     def forecast(self, level: float, reach: float, patches: Patches) -> Tensor:
         """Every token's line through its last two values, at most `reach` times their distance ahead."""
         (new, old), (recent, past) = self.values, self.times
-        gap = recent - past
-        ahead = torch.where(gap == 0, 0, (level - recent) / torch.where(gap == 0, 1, gap)).clamp(0, reach)
-        return torch.lerp(old, new, 1 + patches.spread(ahead).to(new.dtype))
+        weight = 1 + ahead(level, recent, past, reach)
+        return torch.lerp(old, new, patches.spread(weight).to(new.dtype))
 
 
 class _State(TokenChoice, KeyPolicy):
@@ -363,6 +363,9 @@ class _State(TokenChoice, KeyPolicy):
         self.options = options
         self.host = host
         self.kept: KeptKeys | None = None
+        self.reach = options.reach if options.inactive == "forecast" else None
+        # A line needs two values before the first step that runs on some tokens.
+        self._first_kept = options.start - (1 if self.reach is None else 2)
         self.running = 0
         self._tokens = 0
         self._indices: Tensor | None = None  # (B, K) of the forward that runs
@@ -403,7 +406,7 @@ class _State(TokenChoice, KeyPolicy):
         if options.runs_some(step.index, step.num_steps):
             self._indices = self._chosen(step, sample.shape[0])
         needed = self._needed_after(step)
-        self._keeps = self._indices is None and needed and step.index >= options.start - 1
+        self._keeps = self._indices is None and needed and step.index >= self._first_kept
         self.running = self._tokens if self._indices is None else self._indices.shape[-1]
 
     def _needed_after(self, step: Step) -> bool:
@@ -456,6 +459,9 @@ class _State(TokenChoice, KeyPolicy):
             for branch in self._branches.values():
                 branch.reused = branch.last
 
+    def level(self) -> float:
+        return _level(self.host.clock.step)
+
     def select(self, step: Step, hidden_states: Tensor) -> Tensor | None:
         return self._indices
 
@@ -473,7 +479,7 @@ class _State(TokenChoice, KeyPolicy):
         branch = self._branches.setdefault(step.branch, _Branch())
         if partial:
             output = self._completed(step, branch, output, patches)
-        elif self.options.inactive == "forecast" and step.index >= self.options.start - 2:
+        elif self.reach is not None and step.index >= self._first_kept:
             branch.learn(_level(step), output, self._where(output, everywhere=True), patches)
         if not self._needed_after(step):
             self._branches.pop(step.branch)
@@ -490,9 +496,9 @@ class _State(TokenChoice, KeyPolicy):
         """The output, with what is known of the tokens that did not run."""
         assert branch.reused is not None
         ran = self._where(output, everywhere=False)
-        if self.options.inactive == "reuse":
+        if self.reach is None:
             return torch.where(patches.spread(ran), output, branch.reused)
-        others = branch.forecast(_level(step), self.options.reach, patches)
+        others = branch.forecast(_level(step), self.reach, patches)
         output = torch.where(patches.spread(ran), output, others)
         branch.learn(_level(step), output, ran, patches)
         return output
