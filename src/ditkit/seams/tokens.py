@@ -14,6 +14,7 @@ from torch import Tensor
 from ditkit.seams.anatomy import Stack
 from ditkit.seams.errors import ConflictError, SeamError
 from ditkit.seams.hooking import Forward
+from ditkit.seams.layout import splice
 from ditkit.seams.steps import Step
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class TokenSeam:
         self.partial = False
         self._groups: list[Active] = []
         self._entered: Tensor | None = None
-        self._rows: dict[tuple[str, int, int], tuple[Any, Any]] = {}
+        self._rows: dict[tuple[str, int, int, int], tuple[Any, Any]] = {}
         self._last: dict[str, Tensor] = {}
 
     def choose(self, choice: TokenChoice) -> None:
@@ -83,6 +84,7 @@ class TokenSeam:
         """
         if self._choice is not None:
             raise ConflictError("the tokens of this model already belong to a method; only one can own them")
+        self._host.require("tokens")
         self._refuse({})
         self._choice, self.owner = choice, self._host.attaching or repr(choice)
         self._host.clock.on_reset(self._last.clear)
@@ -126,19 +128,21 @@ class TokenSeam:
             return forward(*args, **kwargs)
         named = {**dict(zip(stack.arguments, args, strict=False)), **kwargs}
         rest = args[len(stack.arguments) :]
-        first = stack.arguments[0]
+        first, last = stack.arguments[0], place == len(self._blocks) - 1
+        image = self._host.image_rows() if stack.joint else slice(None)
         if place == 0:
-            self._enter(choice, named[first])
+            self._enter(choice, named[first][:, image])
             if self._groups:
-                named[first] = self._gather(named[first])
-        last = place == len(self._blocks) - 1
+                named[first] = splice(named[first], image, self._gather(named[first][:, image]))
         if not self._groups:
             output = forward(*args, **kwargs)
             if last:
-                self._remember(_hidden(stack, output))
+                self._remember(_hidden(stack, output)[:, image])
             return output
         text = named.get("encoder_hidden_states")
         length = text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else 0
+        if stack.joint:
+            length = self._host.text_length()
         outputs = []
         for group in self._groups:
             mine = self._arguments_of(group, stack, named, length)
@@ -148,7 +152,7 @@ class TokenSeam:
                 forward(*leading, *(_samples(one, group.rows, self._batch) for one in rest), **mine)
             )
         output = self._join(outputs)
-        return self._leave(stack, output) if last else output
+        return self._leave(stack, image, output) if last else output
 
     def _enter(self, choice: TokenChoice, hidden: Tensor) -> None:
         indices = choice.select(self._host.clock.step, hidden)
@@ -182,7 +186,7 @@ class TokenSeam:
                 mine[name] = _samples(value, group.rows, self._batch)
                 continue
             # All blocks get the same object, so the selection is made once for each group.
-            key = (name, id(value), id(group))
+            key = (name, id(rows), id(value), id(group))
             if key not in self._rows:
                 chosen = rows(value, group.indices, text)
                 self._rows[key] = (value, _samples_of_rows(value, chosen, group.rows, self._batch))
@@ -205,9 +209,10 @@ class TokenSeam:
             return whole
         return tuple(self._join(list(parts)) for parts in zip(*outputs, strict=True))
 
-    def _leave(self, stack: Stack, output: Any) -> Any:
+    def _leave(self, stack: Stack, image: slice, output: Any) -> Any:
         assert self._choice is not None and self._entered is not None
-        kept = _hidden(stack, output)
+        sequence = _hidden(stack, output)
+        kept = sequence[:, image]
         if len(self._groups[0].indices) == self._entered.shape[1]:
             full = torch.empty_like(kept)
         else:
@@ -220,6 +225,7 @@ class TokenSeam:
             else:
                 full[group.rows[:, None], group.indices[None]] = kept[group.rows]
         self._remember(full)
+        full = splice(sequence, image, full)
         if isinstance(output, Tensor):
             return full
         return tuple(
