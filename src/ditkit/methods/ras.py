@@ -473,7 +473,10 @@ class _State(TokenChoice, KeyPolicy):
     def finish(self, step: Step, output: Tensor) -> Tensor:
         anatomy, partial = self.host.anatomy, self.host.tokens.partial
         self._note(step, partial)
-        patches = Patches(self.host.layout().grid, tuple(output.shape), anatomy.channels, anatomy.packed)
+        try:
+            patches = Patches(self.host.layout().grid, tuple(output.shape), anatomy.channels, anatomy.packed)
+        except SeamError as refusal:
+            raise SeamError(f"{type(self.host.model).__name__}: RAS can't tell which token gave what: {refusal}") from None
         self._patches = patches
         self._sample_channels = self.host.arguments[anatomy.sample].shape[patches.axis]
         branch = self._branches.setdefault(step.branch, _Branch())

@@ -281,6 +281,7 @@ class AttentionSeam:
         Raises:
             SeamError: another method does so already, or the model does not use scaled_dot_product_attention.
         """
+        self.host.require("attention")
         if self.kept is not None:
             raise SeamError(f"the keys of {self.host.name} are kept already, for {self.kept.policy!r}")
         self._hook()
