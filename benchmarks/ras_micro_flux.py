@@ -1,5 +1,6 @@
-"""RAS on trained micro-flux at half of the tokens: error of the final latents to dense sampling, for the published
-rules, the mended ones, a random choice and our forecasts, against plain sampling with as many FLOPs; then time.
+"""RAS on trained micro-flux at half of the tokens: error of the final latents to dense sampling, for the
+published rules, the mended ones, a random choice and our forecasts, against plain sampling with as many
+FLOPs; then time.
 
     python benchmarks/ras_micro_flux.py [--steps 28 10] [--ratio 0.5] [--prompts 8]
 """
@@ -74,7 +75,8 @@ def counted(pipe: Any, prompts: list[str], sampling: Sampling, method: RAS) -> f
 def errors(
     pipe: Any, prompts: list[str], steps: int, ratio: float, grid: tuple[int, int], text: int
 ) -> dict[str, dict[str, float]]:
-    """Of every setting: its error, its share of the dense FLOPs and the error of plain sampling with no fewer."""
+    """Of every setting: its error, its share of the dense FLOPs and the error of plain sampling with no
+    fewer."""
     dense = latents(pipe, prompts, Sampling(steps=steps))
     plain: dict[int, float] = {}
     found: dict[str, dict[str, float]] = {}

@@ -63,8 +63,6 @@ def next_step(tiny: Tiny, inputs: dict[str, Any]) -> dict[str, Tensor]:
     return {tiny.timestep: torch.nextafter(time, torch.zeros_like(time))}
 
 
-
-
 @every_class
 def test_with_equal_inputs_some_tokens_see_what_all_saw(tiny: Tiny) -> None:
     """The output at the chosen tokens is the dense one: they read all keys, in their right places."""

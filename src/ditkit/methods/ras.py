@@ -1,17 +1,17 @@
 """RAS: each step runs the transformer on the tokens in focus; the others keep their last velocity.
 
-"Region-Adaptive Sampling for Diffusion Transformers", arXiv 2502.10389. After each step a metric of the guided
-velocity ranks the tokens (section 3.3, equation 1) and the next step runs on a part of them. These ask all keys
-and values, of which the other tokens' are those of their last run (section 3.4); at `error_reset_steps` all
-tokens run. Defaults are those of the authors' code, apart from `starvation`.
+"Region-Adaptive Sampling for Diffusion Transformers", arXiv 2502.10389. After each step a metric of the
+guided velocity ranks the tokens (section 3.3, equation 1) and the next step runs on a part of them. These
+ask all keys and values, of which the other tokens' are those of their last run (section 3.4); at
+`error_reset_steps` all tokens run. Defaults are those of the authors' code, apart from `starvation`.
 
 Where we differ: the term against starvation has the wrong sign in equation 1 and in the code, so that a token
-which was skipped is skipped all the more; on a toy model it loses even to a random choice (error 0.030 against
-0.014, mended 0.010), so `starvation="corrected"` is the default and `"released"` gives the authors' numbers.
-Kept velocities enter at the model's output, for each guidance branch, instead of in one scheduler: the same for
-guidance that is linear in them, and any scheduler works. Other than there, pictures need not be square, patches
-may have any size, each sample of a batch has its own tokens, resets scale with the number of steps, and clips
-work. `inactive="forecast"` is ours.
+which was skipped is skipped all the more; on a toy model it loses even to a random choice (error 0.030
+against 0.014, mended 0.010), so `starvation="corrected"` is the default and `"released"` gives the authors'
+numbers. Kept velocities enter at the model's output, for each guidance branch, instead of in one scheduler:
+the same for guidance that is linear in them, and any scheduler works. Other than there, pictures need not be
+square, patches may have any size, each sample of a batch has its own tokens, resets scale with the number of
+steps, and clips work. `inactive="forecast"` is ours.
 
 B samples, N tokens, K tokens that run, C channels, T steps.
 """
@@ -38,8 +38,8 @@ Metric = Literal["std", "l2norm", "random"]
 Starvation = Literal["corrected", "released"]
 Inactive = Literal["reuse", "forecast"]
 
-# The authors' resets, 12 and 22 of 30 steps, as parts of the steps from `start` = 4 on: with 14 steps they are
-# 7 and 11, the paper's own choice there (its ablation of resets).
+# The authors' resets, 12 and 22 of 30 steps, as parts of the steps from `start` = 4 on: with 14 steps
+# they are 7 and 11, the paper's own choice there (its ablation of resets).
 _RESETS = (8 / 26, 18 / 26)
 _RESETS_OF_30 = (12, 22)
 
@@ -59,27 +59,28 @@ class RAS:
     Args:
         sample_ratio: share of the tokens that run at a RAS step, above 0; 1 runs all of them.
         start: first step, >= 1, that may run on some tokens.
-        end: the last step that may; it runs on the tokens chosen for the step before, as in the authors' code.
-            None: the last of all, which has tokens of its own.
-        error_reset_steps: steps at which all tokens run; those that a generation does not have are ignored. As
-            text: `"12+20"`. None: at about a third and two thirds of the steps from `start` on, one for 5 to 9
-            such steps and none for fewer; 12 and 22 where the number of steps isn't known.
+        end: the last step that may; it runs on the tokens chosen for the step before, as in the authors'
+            code. None: the last of all, which has tokens of its own.
+        error_reset_steps: steps at which all tokens run; those that a generation does not have are ignored.
+            As text: `"12+20"`. None: at about a third and two thirds of the steps from `start` on, one for 5
+            to 9 such steps and none for fewer; 12 and 22 where the number of steps isn't known.
         metric: of the velocity's channels at each pixel, averaged over the token: `"std"` or `"l2norm"`;
             `"random"` ranks the tokens by chance, the paper's ablation.
         high_ratio: 0 to 1, which share of the skipped tokens is taken from the highest ranks; the others from
             the lowest.
-        starvation_scale: k, usually >= 0; a token skipped n times is ranked by metric exp(-k n) among the highest and by
-            metric exp(+k n) among the lowest, so that it runs sooner (`starvation="corrected"`).
+        starvation_scale: k, usually >= 0; a token skipped n times is ranked by metric exp(-k n) among the
+            highest and by metric exp(+k n) among the lowest, so that it runs sooner
+            (`starvation="corrected"`).
         starvation: `"released"`: metric exp(k n) for both, as published: at high_ratio 1 it keeps skipped
             tokens skipped.
         skip_num_step: dynamic counts: the number of skipped tokens rises by so many ...
-        skip_num_step_length: ... every so many steps, 0: never, rounded down to a multiple of `skip_multiple`.
-            The mean over the steps is about that of `sample_ratio`.
+        skip_num_step_length: ... every so many steps, 0: never, rounded down to a multiple of
+            `skip_multiple`. The mean over the steps is about that of `sample_ratio`.
         skip_multiple: 64 in the authors' code.
         empty_slice: the authors' slice for the highest `int(K high_ratio)` ranks, which takes all tokens when
             that number is 0. No token runs then.
-        key_value_cache: tokens that run also read the keys and values of the others, as these last were. False
-            (the paper's ablation): those of each other only.
+        key_value_cache: tokens that run also read the keys and values of the others, as these last were.
+            False (the paper's ablation): those of each other only.
         inactive: `"reuse"` the last velocity, keys and values (the paper), or `"forecast"` them: continue the
             lines through a token's last two computed ones over the noise level (ours; twice the memory).
         reach: how many times the distance of these two noise levels a forecast may look ahead; beyond it the
@@ -143,7 +144,9 @@ class RAS:
         except (TypeError, ValueError):
             resets = (-1,)
         if any(step < 0 for step in resets):
-            raise ValueError(f'error_reset_steps must be step indices, e.g. (12, 20) or "12+20"; got {given!r}')
+            raise ValueError(
+                f'error_reset_steps must be step indices, e.g. (12, 20) or "12+20"; got {given!r}'
+            )
         return resets
 
     def resets(self, num_steps: int | None) -> frozenset[int]:
@@ -310,7 +313,8 @@ class Focus:
         self.drops: Tensor | None = None  # (B, N)
 
     def choose(self, index: int, num_steps: int | None, velocity: Tensor, patches: Patches) -> Tensor:
-        """Choose the tokens (B, K) of step `index` by the velocity, times the step in noise, of the last one."""
+        """Choose the tokens (B, K) of step `index` by the velocity, times the step in noise, of the last
+        one."""
         metric = self.options.rank(velocity, patches, index)
         if self.drops is None or self.drops.shape != metric.shape:
             self.drops = torch.zeros_like(metric)
@@ -429,7 +433,12 @@ class _State(TokenChoice, KeyPolicy):
         elif focus.active is None:
             focus = self._own.get(step.branch, focus)
         active = focus.active
-        if active is None or branch.reused is None or batch % active.shape[0] or active.shape[1] == self._tokens:
+        if (
+            active is None
+            or branch.reused is None
+            or batch % active.shape[0]
+            or active.shape[1] == self._tokens
+        ):
             return None
         # Where no token is to run nothing of this forward is used, but a sequence needs one.
         self._nothing = not active.shape[1]
@@ -476,7 +485,9 @@ class _State(TokenChoice, KeyPolicy):
         try:
             patches = Patches(self.host.layout().grid, tuple(output.shape), anatomy.channels, anatomy.packed)
         except SeamError as refusal:
-            raise SeamError(f"{type(self.host.model).__name__}: RAS can't tell which token gave what: {refusal}") from None
+            raise SeamError(
+                f"{type(self.host.model).__name__}: RAS can't tell which token gave what: {refusal}"
+            ) from None
         self._patches = patches
         self._sample_channels = self.host.arguments[anatomy.sample].shape[patches.axis]
         branch = self._branches.setdefault(step.branch, _Branch())
@@ -534,7 +545,7 @@ class _State(TokenChoice, KeyPolicy):
             mean = self._share / self._forwards
             notes.append(
                 f"RAS: {self._partial} of {self._forwards} forwards ran on some of the tokens; over all, "
-                f"{100 * mean:.1f} % of the tokens ran, so the blocks can be at most {1 / mean:.2f} times faster."
+                f"{100 * mean:.1f} % of the tokens ran: the blocks can be at most {1 / mean:.2f} times faster."
             )
         else:
             notes.append(

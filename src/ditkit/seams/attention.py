@@ -8,9 +8,9 @@ elsewhere, from cross-attention and from text encoders go to the original functi
 pass.
 
 One strategy acts on a model at a time. Its place is last: what other methods do to q, k and v on their way
-lies between the dispatcher and it. Where a method runs the blocks on some tokens and keeps the keys and values
-of the others (`keep_keys`), the call is completed first, and a strategy gets the whole grid, its queries too,
-those of the other tokens as they last were; without a strategy only the tokens that run ask.
+lies between the dispatcher and it. Where a method runs the blocks on some tokens and keeps the keys and
+values of the others (`keep_keys`), the call is completed first, and a strategy gets the whole grid, its
+queries too, those of the other tokens as they last were; without a strategy only the tokens that run ask.
 
 B batch, h heads, Lq queries, Lk keys, d head dim.
 """

@@ -2,8 +2,8 @@
 
 On a step whose blocks run on all tokens they are kept; on a step whose blocks run on some, the rows of these
 are overwritten and everything kept is read. They are taken at the attention call, after normalisation and
-rotary embedding: a token keeps its place, so its kept rows stay valid. Or they are continued: two values of each
-token are kept, and what is read lies on the line through them.
+rotary embedding: a token keeps its place, so its kept rows stay valid. Or they are continued: two values of
+each token are kept, and what is read lies on the line through them.
 
 B batch, Bg samples that run together, h heads, L tokens of the sequence, K tokens that run, P = K and the
 text, d head dim.
@@ -168,7 +168,11 @@ class KeptKeys:
             mask = mask.index_select(0, rows)
         if kept.line is not None:
             level = torch.full_like(kept.line.recent, self.policy.level())
-            for past, last in ((kept.line.k, kept.k), (kept.line.v, kept.v), (kept.line.levels, kept.line.recent)):
+            for past, last in (
+                (kept.line.k, kept.k),
+                (kept.line.v, kept.v),
+                (kept.line.levels, kept.line.recent),
+            ):
                 _put(past, rows, positions, _of(last, rows).index_select(2, positions))
             _put(kept.line.recent, rows, positions, _of(level, rows).index_select(2, positions))
         _put(kept.k, rows, positions, k)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,8 +16,8 @@ from ditkit.seams.errors import SeamError
 
 @dataclass(frozen=True)
 class Patches:
-    """The tokens of a grid in tensors of one form: (B, N, C) tokens, (B, C, h, w) pictures, (B, C, f, h, w) or
-    (B, f, C, h, w) clips, with any batch size and any number of channels.
+    """The tokens of a grid in tensors of one form: (B, N, C) tokens, (B, C, h, w) pictures, (B, C, f, h, w)
+    or (B, f, C, h, w) clips, with any batch size and any number of channels.
 
     A token covers whole pixels; the last ones along an axis may reach beyond the border.
 
@@ -48,7 +47,8 @@ class Patches:
         if not fits:
             frames, height, width = self.grid
             raise SeamError(
-                f"an output of shape {tuple(self.shape)} is not a grid of {frames} x {height} x {width} tokens"
+                f"an output of shape {tuple(self.shape)} is not a grid of {frames} x {height} x {width} "
+                "tokens"
             )
 
     @property
@@ -94,7 +94,8 @@ class Patches:
         return cut.flatten(1)
 
     def spread(self, tokens: Tensor) -> Tensor:
-        """A figure for each token (B, N), repeated over its pixels: broadcasts against tensors of this form."""
+        """A figure for each token (B, N), repeated over its pixels: broadcasts against tensors of this
+        form."""
         if self.tokens_first:
             return tokens[..., None]
         sizes = self._sizes(self.shape)[-(len(self.shape) - 2) :]

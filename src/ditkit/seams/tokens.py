@@ -28,8 +28,8 @@ class TokenChoice:
         """A forward of the model starts, with these arguments by name."""
 
     def select(self, step: Step, hidden_states: Tensor) -> Tensor | None:
-        """Indices (K,) of the image tokens to keep, each at most once, in any order; None for all. (B, K) when
-        the samples keep different ones: those that keep the same run together, the others one after the
+        """Indices (K,) of the image tokens to keep, each at most once, in any order; None for all. (B, K)
+        when the samples keep different ones: those that keep the same run together, the others one after the
         other. `hidden_states` (B, L, C) enters the first block."""
         raise NotImplementedError
 
@@ -161,9 +161,7 @@ class TokenSeam:
         batch, length = hidden.shape[:2]
         shape = tuple(indices.shape)
         if not 0 < indices.shape[-1] <= length or (indices.ndim != 1 and shape[:-1] != (batch,)):
-            raise SeamError(
-                f"select must give indices (K,) or ({batch}, K), 1 <= K <= {length}; got {shape}"
-            )
+            raise SeamError(f"select must give indices (K,) or ({batch}, K), 1 <= K <= {length}; got {shape}")
         self._groups, self._entered = _grouped(indices.to(hidden.device)), hidden
         self.active = self._groups[0]
 
@@ -252,9 +250,7 @@ def _grouped(indices: Tensor) -> list[Active]:
     same: dict[tuple[int, ...], list[int]] = {}
     for row, chosen in enumerate(indices.tolist()):
         same.setdefault(tuple(chosen), []).append(row)
-    return [
-        Active(indices[rows[0]], torch.tensor(rows, device=indices.device)) for rows in same.values()
-    ]
+    return [Active(indices[rows[0]], torch.tensor(rows, device=indices.device)) for rows in same.values()]
 
 
 def _samples(value: Any, rows: Tensor | None, batch: int) -> Any:
