@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ditkit.registry import Paper, register
 from ditkit.seams.apply import Host
+from ditkit.seams.cost import ModelCost
 from ditkit.seams.errors import ConflictError, SeamError
 from ditkit.seams.extrapolate import ahead
 from ditkit.seams.keys import KeptKeys, KeyPolicy
@@ -47,7 +48,7 @@ _RESETS_OF_30 = (12, 22)
 @register(
     "method",
     "ras",
-    summary="each step runs the tokens whose prediction is least settled; the others keep their last velocity",
+    summary="each step runs the tokens whose prediction is least settled, the others keep their velocity",
     paper=Paper("Region-Adaptive Sampling for Diffusion Transformers", "2502.10389", 2025),
     seam=("tokens", "attention"),
     neutral={"sample_ratio": 1.0},
@@ -233,6 +234,13 @@ class RAS:
         counts = self.computed_tokens(num_steps, height, width, frames)
         whole = frames * height * width + text_length
         return sum(count + text_length for count in counts) / (whole * num_steps)
+
+    def ceiling(self, cost: ModelCost) -> float | None:
+        """At most so many times less work; None where the tokens are no grid."""
+        if cost.grid is None:
+            return None
+        frames, height, width = cost.grid
+        return cost.on_tokens(self.flops(cost.steps, height, width, cost.text_length, frames))
 
     def _ends(self, skip: int) -> tuple[int, int]:
         """How many of the lowest and of the highest ranks are skipped; each is cut to a whole number."""
@@ -542,10 +550,9 @@ class _State(TokenChoice, KeyPolicy):
             return ["RAS: the transformer was not called."]
         notes = []
         if self._partial:
-            mean = self._share / self._forwards
             notes.append(
                 f"RAS: {self._partial} of {self._forwards} forwards ran on some of the tokens; over all, "
-                f"{100 * mean:.1f} % of the tokens ran: the blocks can be at most {1 / mean:.2f} times faster."
+                f"{100 * self._share / self._forwards:.1f} % of the tokens ran."
             )
         else:
             notes.append(
@@ -557,8 +564,8 @@ class _State(TokenChoice, KeyPolicy):
             notes.append(f"RAS: error_reset_steps {steps} lie beyond the last step and were ignored.")
         if self._unguided:
             notes.append(
-                "RAS: no scheduler showed the guided velocity, so tokens were chosen by the transformer's own "
-                "output, apart for each guidance branch."
+                "RAS: no scheduler showed the guided velocity, so tokens were chosen by the transformer's "
+                "own output, apart for each guidance branch."
             )
         return notes
 
