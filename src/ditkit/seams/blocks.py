@@ -111,11 +111,17 @@ class BlockSeam:
         """Number of blocks, all stacks together."""
         return len(self._blocks)
 
+    @property
+    def caches_stack(self) -> bool:
+        """Does a cache keep the output of the whole stack?"""
+        return self._stack is not None
+
     def cache_stack(self, cache: StackCache) -> None:
         """Let a cache skip the blocks from `cache.after` on and supply the last one's output.
 
         Raises:
-            ConflictError: another cache owns the blocks.
+            ConflictError: another cache owns the blocks, or `cache.after` is above 0 beside a method that
+                chooses tokens: the output of the first blocks then has other rows from step to step.
             SeamError: `cache.after` is not in 0 .. depth - 1, or this class does not allow it.
         """
         self._host.require("stack")
@@ -125,6 +131,11 @@ class BlockSeam:
                 f"the blocks of {type(self._host.model).__name__} can't be skipped here: {reason}"
             )
         self._claim()
+        if cache.after and self._host.tokens.owner is not None:
+            raise ConflictError(
+                f"{self._host.attaching} compares the first blocks' outputs row by row, but "
+                f"{self._host.tokens.owner} changes the rows from step to step"
+            )
         if not 0 <= cache.after < self.depth:
             raise SeamError(f"after must be 0 to {self.depth - 1} for this model; got {cache.after}")
         self._stack = cache
