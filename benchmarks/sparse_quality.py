@@ -49,7 +49,7 @@ def smooth(grid: Grid, heads: int, channels: int, cells: Grid, noise: float) -> 
     field = F.interpolate(coarse, grid, mode="trilinear", align_corners=False).flatten(2)
     field = field.view(1, heads, channels, -1).transpose(-1, -2)
     field = field / field.std() + noise * torch.randn_like(field)
-    return field / field.std()
+    return (field / field.std()).contiguous()
 
 
 def queries_keys_values(grid: Grid, heads: int, channels: int, noise: float = 0.5) -> QKV:
