@@ -199,6 +199,7 @@ def re_ttention(
     """The four forms along a trajectory, with the authors' growth of the ratio and without."""
     claims, rows = [], []
     for keep in (1 / 32, 1 / 8):
+        grown: dict[float, float] = {}
         for growth in (0.04, 0.0):
             runs = [trajectory(grid, heads, channels, keep, growth, seed) for seed in range(seeds)]
             mean = {
@@ -211,6 +212,7 @@ def re_ttention(
                 for name, errors in mean.items()
             }
             a, b, c, d = at.values()
+            grown[growth] = statistics.mean(d[1:])
             where = (
                 f"{grid[1]} x {grid[2]} tokens, keep {keep:.3g}, growth {growth:g}, 20 steps, {seeds} seeds"
             )
@@ -243,4 +245,14 @@ def re_ttention(
                     d == sorted(d),
                 ),
             ]
+        claims.append(
+            Claim(
+                "re-ttention",
+                f"{grid[1]} x {grid[2]} tokens, keep {keep:.3g}: with lambda = 0.04 the error is lower than "
+                "with 0",
+                RE,
+                f"{grown[0.04]:.4f} against {grown[0.0]:.4f}, 2 to 4 steps after a full one",
+                grown[0.04] < grown[0.0],
+            )
+        )
     return claims, rows
