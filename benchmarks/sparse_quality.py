@@ -94,12 +94,18 @@ def draft(grid: Grid, heads: int, channels: int, seeds: int) -> tuple[list[Claim
             kept = maps["mean"].sum((-2, -1))
             maps["random"] = first_pairs(torch.rand(near.shape), kept)
             maps["local"] = first_pairs(near, kept)
-            filled = DraftAttention(sparsity=sparsity)
-            maps["mean, empty rows filled"] = filled.select(filled.draft_map(*qkv[:2], tiling))
             for name, chosen in maps.items():
                 found = mass_and_error(qkv, lines(chosen, tiling, layout), dense, lse)
-                empty = float((~chosen.any(-1)).double().mean())
-                rows.append({"seed": seed, "sparsity": sparsity, "mask": name, "empty": empty, **found})
+                rows.append({"seed": seed, "sparsity": sparsity, "mask": name, **found})
+        # Queries that have little to do with the keys: then rows of the map can lie below the threshold.
+        qkv = tuple(smooth(grid, heads, channels, (2, 3, 3), 0.3) for _ in range(3))
+        dense, lse = executors.attention_with_lse(*qkv)
+        for rule in ("authors", "best"):
+            method = DraftAttention(sparsity=0.9, empty_rows=rule)
+            chosen = method.select(method.draft_map(*qkv[:2], tiling))
+            found = mass_and_error(qkv, lines(chosen, tiling, layout), dense, lse)
+            empty = float((~chosen.any(-1)).double().mean())
+            rows.append({"seed": seed, "sparsity": 0.9, "mask": f"rows: {rule}", "empty": empty, **found})
     return _draft_claims(rows, f"{' x '.join(map(str, grid))} tokens, smooth fields, {seeds} seeds"), rows
 
 
@@ -108,7 +114,7 @@ def _draft_claims(rows: list[dict[str, Any]], where: str) -> list[Claim]:
     for sparsity in dict.fromkeys(row["sparsity"] for row in rows):
         of = {
             name: [row for row in rows if row["mask"] == name and row["sparsity"] == sparsity]
-            for name in dict.fromkeys(row["mask"] for row in rows)
+            for name in ("mean", "max", "random", "local")
         }
 
         def mean(name: str, what: str, of: dict[str, list[dict[str, Any]]] = of) -> float:
@@ -143,15 +149,21 @@ def _draft_claims(rows: list[dict[str, Any]], where: str) -> list[Claim]:
                 figures("mean", "max"),
                 mean("mean", "mass") > mean("max", "mass"),
             ),
-            Claim(
-                "draft-attention",
-                f"{at}: with rows that have no key filled, as by default, nearer to dense than without",
-                "ditkit",
-                f"{mean('mean', 'empty'):.1%} of the rows are empty; "
-                f"{figures('mean', 'mean, empty rows filled')}",
-                mean("mean, empty rows filled", "error") <= mean("mean", "error"),
-            ),
         ]
+    left, filled = ([row for row in rows if row["mask"] == name] for name in ("rows: authors", "rows: best"))
+    errors = [statistics.mean(row["error"] for row in some) for some in (left, filled)]
+    found.append(
+        Claim(
+            "draft-attention",
+            f"90% sparse, {where} of queries apart from keys: with rows that have no key filled, as by "
+            "default, nearer to dense than as the authors leave them",
+            "ditkit",
+            f"{statistics.mean(row['empty'] for row in left):.1%} of the rows are empty: error "
+            f"{errors[0]:.3f}; filled: {errors[1]:.3f}",
+            errors[1] < errors[0],
+            "without text; the authors' kernel gives such rows zeros or NaN, zeros here",
+        )
+    )
     return found
 
 
