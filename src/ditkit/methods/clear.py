@@ -143,7 +143,7 @@ class LocalWindow:
             found.check(host.model)
             options, values = artifact.fitted(self, found), dict(found.tensors)
         learned = {name: values.pop(name) for name in list(values) if name.endswith(_TAIL)}
-        cells = options._cells(host, self._given() or learned)
+        cells = options._cells(host, self._given(learned))
         strategy = options.strategy({name: module.spatial_weight for name, module in cells.items()})
         if self.ntk_factor != 1:
             _scale_rotary_base(host, self.ntk_factor)
@@ -154,20 +154,20 @@ class LocalWindow:
         host.stats.holds(lambda: sum(module.spatial_weight.nbytes for module in cells.values()))
         host.note(strategy.notes)
 
-    def _given(self) -> dict[str, Tensor]:
+    def _given(self, learned: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
         if isinstance(self.spatial_weight, str):
             from safetensors.torch import load_file
 
             return load_file(self.spatial_weight)
-        return dict(self.spatial_weight or {})
+        return self.spatial_weight if self.spatial_weight is not None else learned or None
 
-    def _cells(self, host: Host, given: Mapping[str, Tensor]) -> dict[str, Pooling]:
+    def _cells(self, host: Host, given: Mapping[str, Tensor] | None) -> dict[str, Pooling]:
         """The pooling of each attention module, by the module's name; none at a down factor of 1."""
         d = self.down_factor
         wanted = [name for name, kind in host.attention.modules() if kind != "cross"]
         if d == 1:
             return {}
-        if not given:
+        if given is None:
             given = {name + _TAIL: torch.full((d, d), 1 / d**2) for name in wanted}
         found = {name.removesuffix(_TAIL): weight for name, weight in given.items() if name.endswith(_TAIL)}
         missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))

@@ -103,7 +103,7 @@ class SLA:
         if self.block_kv < 1 or self.block_q < 1 or self.block_q % self.block_kv:
             sizes = f"{self.block_q} and {self.block_kv}"
             raise ValueError(f"block_q must be a multiple of block_kv, both at least 1; got {sizes}")
-        if self.tile is not None and math.prod(_sides(self.tile)) != self.block_kv:
+        if self.tile is not None and math.prod(executors.sides(self.tile)) != self.block_kv:
             raise ValueError(f"tile={self.tile!r} does not hold block_kv={self.block_kv} tokens")
 
     @property
@@ -146,7 +146,7 @@ class SLA:
     def _tiling(self, grid: tuple[int, int, int], device: torch.device | None = None) -> executors.Tiling:
         if self.tile is None:
             return executors.tile_grid((1, 1, math.prod(grid)), (1, 1, self.block_kv), device)
-        return executors.tile_grid(grid, _sides(self.tile), device)
+        return executors.tile_grid(grid, executors.sides(self.tile), device)
 
     def strategy(self, projections: dict[str, nn.Linear] | None = None) -> Attention:
         """What acts at the seam, with Proj by the name of the attention module."""
@@ -180,14 +180,6 @@ def projection(width: int, model: nn.Module) -> nn.Linear:
     nn.init.zeros_(module.weight)
     nn.init.zeros_(module.bias)
     return module
-
-
-def _sides(text: str) -> tuple[int, int, int]:
-    parts = text.lower().split("x")
-    if len(parts) not in (2, 3) or not all(part.strip().isdigit() for part in parts):
-        raise ValueError(f"tile must be sizes like 8x8 or 4x4x4 (frames, height, width); got {text!r}")
-    *frames, height, width = map(int, parts)
-    return (frames[0] if frames else 1), height, width
 
 
 @dataclass(frozen=True)
@@ -249,11 +241,10 @@ class Attention:
         counts = tiling.valid.sum(-1) if tiling.valid is not None else torch.full((n,), b, device=device)
         share = options.density(layout.grid, layout.joint_text_length)
         choice = executors.choose(layout.length, share, device=device)
-        name = choice.name if options.executor == "auto" else options.executor
-        self._notes[
-            f"{options.kept(n)} of {n} key blocks are critical, {share:.1%} of the pairs; runs {name} "
-            f"({choice.reason if options.executor == 'auto' else 'as asked for'})"
-        ] = None
+        if options.executor != "auto":
+            choice = executors.Choice(options.executor, "as asked for")
+        what = f"{options.kept(n)} of {n} key blocks critical,"
+        self._notes[executors.in_words(what, layout, share, choice)] = None
         return _Plan(layout, tiling, options.block_q // options.block_kv, share, counts)
 
     def attend(
