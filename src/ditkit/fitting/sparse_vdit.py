@@ -179,13 +179,17 @@ class Search:
         """
         patterns = self.options.method().patterns(layout, device)
         if self.patterns is not None:
-            seen = self.patterns.layout
-            if (seen.grid, seen.joint_text_length) != (layout.grid, layout.joint_text_length):
+            # Some classes have attention over the image tokens alone beside joint attention.
+            seen, texts = self.patterns.layout, {self.patterns.layout.joint_text_length, 0}
+            both = {*texts, layout.joint_text_length}
+            if seen.grid != layout.grid or len(both) > 2:
                 raise FittingError(
                     f"the search saw grids of {seen.grid} + {seen.joint_text_length} text tokens and of "
                     f"{layout.grid} + {layout.joint_text_length}; modes hold for one grid"
                 )
-        self.patterns, self.heads = patterns, heads
+        if self.patterns is None or layout.joint_text_length:
+            self.patterns = patterns
+        self.heads = heads
         return patterns
 
     def attend(

@@ -351,7 +351,9 @@ class Attention:
 
     def _check(self, table: Table, layout: TokenLayout, heads: int) -> None:
         here = (layout.grid, layout.joint_text_length)
-        if table.grid is not None and (table.grid, table.text_length) != here:
+        # Some classes have attention over the image tokens alone beside joint attention.
+        fits = table.grid == here[0] and here[1] in (table.text_length, 0)
+        if table.grid is not None and not fits:
             raise SeamError(
                 f"the modes were searched on a grid of {table.grid} tokens with {table.text_length} of text; "
                 f"here they are {here[0]} and {here[1]}. Search at this size with `ditkit fit sparse-vdit`"
