@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.fitting import artifact
-from ditkit.registry import Paper, register
+from ditkit.registry import Choice, Paper, Search, register
 from ditkit.seams import executors, weights
 from ditkit.seams.attention import AttentionCall
 from ditkit.seams.errors import SeamError
@@ -36,6 +36,7 @@ from ditkit.seams.layout import TokenLayout
 
 if TYPE_CHECKING:
     from ditkit.seams.apply import Host
+    from ditkit.seams.cost import ModelCost
 
 # Tokens of the training pictures: 64 x 64 and 512 of text.
 _TRAINED_LENGTH = 64**2 + 512
@@ -85,6 +86,10 @@ class LocalWindow:
     """
 
     claims: ClassVar[frozenset[str]] = frozenset({"attention"})
+    search: ClassVar[Search] = {
+        "radius": Choice((2.0, 4.0, 6.0, 8.0, 12.0, 16.0)),
+        "down_factor": Choice((1, 4)),
+    }
 
     radius: float = 8.0
     down_factor: int = 1
@@ -130,11 +135,24 @@ class LocalWindow:
         """FLOPs of one layer's attention as the paper counts them, 4 pairs C: grid in tokens, C channels."""
         return 4 * channels * self.pairs(height, width, text_length, frames)
 
+    def ceiling(self, cost: ModelCost) -> float | None:
+        """At most so many times less work; None where the tokens are no grid."""
+        if cost.grid is None:
+            return None
+        frames, height, width = cost.grid
+        return cost.sparse(self.density(height, width, cost.text_length, frames))
+
     # On a model.
 
     def strategy(self, cells: Mapping[str, Tensor] | None = None) -> _Window:
         """What acts at the seam, with pooling weights (d, d) by the name of the attention module."""
         return _Window(self, dict(cells or {}))
+
+    def static_mask(self, layout: TokenLayout, device: torch.device) -> executors.WindowPlan:
+        """The window on a layout, for methods that work on any mask; without pooled keys and scale."""
+        window = self.strategy()
+        windows = executors.neighbourhoods(layout.grid, _TILE, window.reach(layout), window.near, device)
+        return executors.WindowPlan(windows, layout, self.executor)
 
     def attach(self, host: Host) -> None:
         options, values = self, {}
