@@ -220,7 +220,7 @@ def test_fit_and_use(tmp_path: Path) -> None:
     method = ditkit.registry.parse_method(f"sparse-vdit:weights={folder}")
     with ditkit.apply(pipe, method) as run_:
         pipe("red apple", num_inference_steps=2, output_type="latent", max_sequence_length=8)
-    modes = method.found().table.modes
+    modes = method.fitted().table.modes
     assert any(mode != FULL for layer in modes for mode in layer)
     share = sum(mode == SKIP for layer in modes for mode in layer) / 8
     assert share == 0 or f"{share:.0%} skip" in str(run_.report())

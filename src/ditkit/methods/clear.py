@@ -17,6 +17,7 @@ B batch, h heads, L tokens of the sequence, N = F H W image tokens, T text token
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -114,10 +115,18 @@ class LocalWindow:
         if self.spatial_weight is not None and self.down_factor == 1:
             raise ValueError("spatial_weight is read with a down_factor above 1 only; set down_factor")
 
+    def fitted(self) -> LocalWindow:
+        """With the options that its weights were fitted with."""
+        if self.weights is None:
+            return self
+        return artifact.fitted(self, artifact.facts(self.weights, "local-window")["options"])
+
     # What it costs, without a model.
 
     def pairs(self, height: int, width: int, text_length: int = 512, frames: int = 1) -> int:
         """Query-key pairs that are read, for a grid in tokens and joint text; takes no L x L mask."""
+        if self.weights is not None:
+            return dataclasses.replace(self.fitted(), weights=None).pairs(height, width, text_length, frames)
         tokens = frames * height * width
         near = _within(frames, math.floor(min(self.frame_radius, frames)))
         near *= _disc_pairs(height, width, self.radius)
@@ -155,11 +164,11 @@ class LocalWindow:
         return executors.WindowPlan(windows, layout, self.executor)
 
     def attach(self, host: Host) -> None:
-        options, values = self, {}
+        options, values = self.fitted(), {}
         if self.weights is not None:
             found = artifact.load(self.weights, "local-window")
             found.check(host.model)
-            options, values = artifact.fitted(self, found), dict(found.tensors)
+            values = dict(found.tensors)
         learned = {name: values.pop(name) for name in list(values) if name.endswith(_TAIL)}
         cells = options._cells(host, self._given(learned))
         strategy = options.strategy({name: module.spatial_weight for name, module in cells.items()})

@@ -113,6 +113,12 @@ class SLA:
             return self.k_low
         return 0.1 if self.variant == "paper" else 0.0
 
+    def fitted(self) -> SLA:
+        """With the options that its weights were fitted with."""
+        if self.weights is None:
+            return self
+        return artifact.fitted(self, artifact.facts(self.weights, "sla")["options"])
+
     # What it costs, without a model.
 
     def kept(self, blocks: int) -> int:
@@ -122,9 +128,10 @@ class SLA:
     def density(self, grid: tuple[int, int, int], text_length: int = 0) -> float:
         """Share of the L x L pairs in the softmax part, for a grid (F, H, W) in tokens and joint text; where
         blocks are cut at the end, of the mean over all choices of blocks."""
+        options = self.fitted()
         tokens, length = math.prod(grid), math.prod(grid) + text_length
-        blocks = self._tiling(grid).order.shape[0]
-        near = tokens**2 * self.kept(blocks) / blocks
+        blocks = options.tiling(grid).order.shape[0]
+        near = tokens**2 * options.kept(blocks) / blocks
         return (near + tokens * text_length + text_length * length) / length**2
 
     def flops(
@@ -133,7 +140,7 @@ class SLA:
         """FLOPs of one layer's attention as the paper counts them: topk of the dense 4 L^2 d h, whatever the
         rounding to whole blocks, plus 2 N d^2 h, one of the two products of the linear part."""
         tokens, length = math.prod(grid), math.prod(grid) + text_length
-        pairs = self.topk * tokens**2 + tokens * text_length + text_length * length
+        pairs = self.fitted().topk * tokens**2 + tokens * text_length + text_length * length
         return (4 * pairs + 2 * tokens * head_dim) * head_dim * heads
 
     @staticmethod
@@ -143,7 +150,8 @@ class SLA:
 
     # On a model.
 
-    def _tiling(self, grid: tuple[int, int, int], device: torch.device | None = None) -> executors.Tiling:
+    def tiling(self, grid: tuple[int, int, int], device: torch.device | None = None) -> executors.Tiling:
+        """The blocks of keys."""
         if self.tile is None:
             return executors.tile_grid((1, 1, math.prod(grid)), (1, 1, self.block_kv), device)
         return executors.tile_grid(grid, executors.sides(self.tile), device)
@@ -153,11 +161,11 @@ class SLA:
         return Attention(self, projections or {})
 
     def attach(self, host: Host) -> None:
-        options, values = self, {}
+        options, values = self.fitted(), {}
         if self.weights is not None:
             found = artifact.load(self.weights, "sla")
             found.check(host.model)
-            options, values = artifact.fitted(self, found), found.tensors
+            values = found.tensors
         projections = {}
         modules = [name for name, kind in host.attention.modules() if kind != "cross"]
         for name in modules:
@@ -236,7 +244,7 @@ class Attention:
     def plan(self, layout: TokenLayout, heads: int, device: torch.device) -> _Plan:
         """Blocks of a layout."""
         options = self.options
-        tiling = options._tiling(layout.grid, device)
+        tiling = options.tiling(layout.grid, device)
         n, b = tiling.order.shape
         counts = tiling.valid.sum(-1) if tiling.valid is not None else torch.full((n,), b, device=device)
         share = options.density(layout.grid, layout.joint_text_length)

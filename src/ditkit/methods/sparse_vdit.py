@@ -140,6 +140,8 @@ class SparseVDiT:
 
     def density(self, grid: tuple[int, int, int], text_length: int = 0) -> float:
         """Mean of `mode_density` over all layers and heads."""
+        if self.weights is not None:
+            return self.fitted().density(grid, text_length)
         patterns = self.patterns(_layout(grid, text_length))
         if self.table is None:
             return patterns.shares[FULL if self.uniform is None else MODES.index(self.uniform)]
@@ -159,7 +161,7 @@ class SparseVDiT:
         """The modes at work on a layout."""
         return Patterns(self, layout, device or torch.device("cpu"))
 
-    def found(self) -> SparseVDiT:
+    def fitted(self) -> SparseVDiT:
         """With the table and the options of the `weights` in place of them."""
         if self.weights is None:
             return self
@@ -174,7 +176,7 @@ class SparseVDiT:
             (int(grid[0]), int(grid[1]), int(grid[2])),
             int(found.model["text_length"]),
         )
-        return dataclasses.replace(artifact.fitted(self, found), weights=None, table=table)
+        return dataclasses.replace(artifact.fitted(self, found.options), weights=None, table=table)
 
     def attach(self, host: Host) -> None:
         options = self
