@@ -224,12 +224,20 @@ class Distillation:
 
 @contextlib.contextmanager
 def distilling(
-    options: FitLocalWindow, model: nn.Module, samples: Samples, objective: Objective
+    options: FitLocalWindow,
+    model: nn.Module,
+    samples: Samples,
+    objective: Objective,
+    method: LocalWindow | None = None,
 ) -> Iterator[Distillation]:
-    """Student and teacher at work; afterwards the model is as it was."""
+    """Student and teacher at work; afterwards the model is as it was.
+
+    Args:
+        method: the student's; None: that of the options, at its start.
+    """
     layers = tapped_layers(model, options.every)
     teacher = copy.deepcopy(model).requires_grad_(False).eval()
-    student, full = _Tapped(layers, options.method()), _Tapped(layers, None)
+    student, full = _Tapped(layers, method or options.method()), _Tapped(layers, None)
     with apply(teacher, full, count_flops=False), apply(model, student, count_flops=False):
         pooling = [name for name, _ in model.named_parameters() if f".{POOLING}." in name]
         with trainable(model, [*projections(model), *pooling]) as trained:
