@@ -17,6 +17,7 @@ from ditkit.fitting.objective import Objective, predict
 from ditkit.fitting.run import FitData
 from ditkit.fitting.samples import Samples, prepare
 from ditkit.methods.clear import LocalWindow
+from ditkit.seams.attention import attention_modules
 from ditkit.training.order import BatchNoise
 from tiny_models import TINY
 
@@ -47,9 +48,10 @@ def test_what_is_trained_is_what_the_authors_train() -> None:
 def test_every_class_has_projections_and_taps(tiny: Any) -> None:
     model = tiny.model()
     names = projections(model)
-    assert len(names) >= 2 and not any("norm" in name or "add_" in name or "attn2" in name for name in names
-                                       if not tiny.name.startswith("SD3"))  # fmt: skip
-    assert tapped_layers(model, 4)
+    own = [name for name, kind, _ in attention_modules(model) if kind != "cross"]
+    assert all(any(name.startswith(f"{path}.") for name in names) for path in own)
+    assert not any("norm" in name or ".add_" in name for name in names)
+    assert set(tapped_layers(model, 4)) <= set(range(len(own)))
 
 
 def test_layers_of_flux() -> None:

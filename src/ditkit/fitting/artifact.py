@@ -19,6 +19,7 @@ from ditkit.files import whole_file, write_text
 from ditkit.seams.anatomy import describe
 from ditkit.seams.attention import attention_modules
 from ditkit.seams.errors import SeamError
+from ditkit.seams.weights import heads_of
 
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
@@ -157,7 +158,10 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
 
 
 def _heads(module: nn.Module) -> int:
-    return int(getattr(module, "heads", 0) or getattr(module, "num_heads", 0))
+    try:
+        return heads_of(module)[0]
+    except SeamError:
+        return 0
 
 
 def _width(module: nn.Module) -> int:
