@@ -184,7 +184,9 @@ class SLA:
 
 def projection(width: int, model: nn.Module) -> nn.Linear:
     """Proj at its start: zero, in float32 on the model's device."""
-    module = nn.utils.skip_init(nn.Linear, width, width, device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    # By way of "meta", so that its first values take no random numbers from whoever draws next.
+    module = nn.Linear(width, width, device="meta", dtype=torch.float32).to_empty(device=device)
     nn.init.zeros_(module.weight)
     nn.init.zeros_(module.bias)
     return module

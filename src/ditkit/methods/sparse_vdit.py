@@ -393,10 +393,11 @@ class Attention:
         call.attended(plan.shares[layer])
         parts = []
         for group in plan.groups[layer]:
-            here = [x if group.heads is None else x.index_select(1, group.heads) for x in (q, k, v)]
+            chosen = group.heads
+            one, two, three = (x if chosen is None else x.index_select(1, chosen) for x in (q, k, v))
             own = mask
-            if mask is not None and group.heads is not None and mask.dim() == 4 and mask.shape[1] > 1:
-                own = mask.index_select(1, group.heads)
-            parts.append(plan.patterns.run(group.mode, *here, own, scale, group.striped))
+            if mask is not None and chosen is not None and mask.dim() == 4 and mask.shape[1] > 1:
+                own = mask.index_select(1, chosen)
+            parts.append(plan.patterns.run(group.mode, one, two, three, own, scale, group.striped))
         back = plan.back[layer]
         return parts[0] if back is None else torch.cat(parts, dim=1).index_select(1, back)
