@@ -56,8 +56,9 @@ class UnitCache:
         """Which units not to run in this forward. Asked once, before the embedding."""
         raise NotImplementedError
 
-    def store(self, step: Step, unit: UnitRef, outputs: Outputs) -> None:
-        """Take the outputs of a unit that ran, as the block gets them: before its gate."""
+    def store(self, step: Step, unit: UnitRef, outputs: Outputs) -> Outputs | None:
+        """Take the outputs of a unit that ran, as the block gets them: before its gate. As many given back
+        go on in their place."""
         raise NotImplementedError
 
     def recall(self, step: Step, unit: UnitRef) -> Outputs:
@@ -220,8 +221,10 @@ class BlockSeam:
             outputs = self._recall(step, unit)
             return outputs[0] if len(outputs) == 1 else outputs
         output = forward(*args, **kwargs)
-        self._store(step, unit, (output,) if isinstance(output, Tensor) else tuple(output))
-        return output
+        instead = self._store(step, unit, (output,) if isinstance(output, Tensor) else tuple(output))
+        if instead is None:
+            return output
+        return instead[0] if isinstance(output, Tensor) else instead
 
     @torch.compiler.disable(recursive=False)
     def _run_bypass(

@@ -71,7 +71,7 @@ class Trajectory:
             order: highest difference to take now, if lower than the trajectory's.
         """
         self._given = value.dtype
-        latest = _owned(value.detach().to(self._dtype or value.dtype))
+        latest = owned(value.detach().to(self._dtype or value.dtype))
         if self.factors and self.factors[0].shape != latest.shape:
             self.factors, self._samples = [], []
         highest = self.order if order is None else min(order, self.order)
@@ -111,6 +111,6 @@ class Trajectory:
         )
 
 
-def _owned(value: Tensor) -> Tensor:
+def owned(value: Tensor) -> Tensor:
     """The tensor, copied when it is part of a larger one that it would keep alive."""
     return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
