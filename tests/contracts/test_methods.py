@@ -28,6 +28,7 @@ METHODS = entries("method")
 # Settings at which a method works on 16 tokens and 10 steps; its defaults where nothing is given.
 ACTIVE: dict[str, dict[str, Any]] = {
     "taylorseer": {"interval": 3, "order": 2},
+    "predict-correct": {"interval": 3},
     "local-window": {"radius": 1},
     # A learned table is for one model; its own tests have some.
     "harmonica": {"uniform": 2},

@@ -179,6 +179,9 @@ class HarmoniCaFitter:
         lr: of AdamW, without weight decay. 0.01 by the authors.
         beta: how much a computed module costs: the larger, the more is reused. lambda spans orders of
             magnitude, so it has to be found for each model and T; 7e-8 for DiT-XL/2 at T = 10.
+        reuse: share of modules to reuse, in (0, 1), the first step not counted; beta then is only where the
+            search starts: after every epoch it rises while the mean score is above 1 - reuse and falls while
+            it is below. None: beta stays as it is, as the authors have it.
         threshold: in [0, 1): of scores, for renewing the cache here, and for computing later.
         lambda_every: epochs between two measurements of lambda, which cost T generations each. The authors
             count 500 gradients at T = 10.
@@ -198,6 +201,7 @@ class HarmoniCaFitter:
     batch: int = 4
     lr: float = 0.01
     beta: float = 7e-8
+    reuse: float | None = None
     threshold: float = 0.1
     lambda_every: int = 50
     guidance: float | None = None
@@ -213,6 +217,10 @@ class HarmoniCaFitter:
             raise FittingError(f"lr must be above 0 and beta at least 0; got {self.lr!r} and {self.beta!r}")
         if not 0 <= self.threshold < 1:
             raise FittingError(f"threshold must be in [0, 1); got {self.threshold!r}")
+        if self.reuse is not None and not 0 < self.reuse < 1:
+            raise FittingError(f"reuse must be above 0 and below 1, or None; got {self.reuse!r}")
+        if self.reuse is not None and not self.beta:
+            raise FittingError("reuse needs a beta above 0 to start from; got 0")
         if self.ablation not in ("none", "lambda", "path"):
             raise FittingError(f"ablation must be none, lambda or path; got {self.ablation!r}")
 
@@ -237,6 +245,7 @@ class HarmoniCaFitter:
                 "threshold": self.threshold,
                 "scheduler": type(pipe.scheduler).__name__,
                 "guidance": self.guidance,
+                "beta": course.beta,
             },
             artifact.model_facts(model),
             {"logits": course.router.logits, "lambda": torch.tensor(course.weights)},
@@ -254,6 +263,7 @@ class _Course:
         self.router = Router.random(options.steps, len(soft.units), options.seed)
         self.optimizer = self.router.optimizer(options.lr)
         self.weights = [1.0] * options.steps
+        self.beta = options.beta
         self.history: list[float] = []
         self._learning = False
         self._losses: list[float] = []
@@ -278,6 +288,7 @@ class _Course:
                 self._learning, self._losses = True, []
                 self._generate(mix(self._start(epoch), 4))
                 self._learning = False
+                self._steer()
                 self.history.append(math.fsum(self._losses))
                 progress(f"loss {self.history[-1]:.3g}", len(self.history), options.epochs)
                 done = len(self.history) == options.epochs
@@ -285,6 +296,12 @@ class _Course:
                     self._save(states)
                 if stopped():
                     raise KeyboardInterrupt
+
+    def _steer(self) -> None:
+        """Move beta towards the share of modules that is asked for."""
+        if self.options.reuse is not None:
+            score = float(self.router.logits[1:].sigmoid().mean())
+            self.beta *= math.exp(2 * (score - 1 + self.options.reuse))
 
     def _start(self, epoch: int) -> int:
         """The number that noise and prompts of an epoch are drawn by."""
@@ -365,7 +382,7 @@ class _Course:
             self._differences.append(_tensor(teacher) - _tensor(student))
             if number == self._passes - 1:
                 difference, self._differences = self._guided(self._differences), []
-                weight, beta = self.weights[index], self.options.beta
+                weight, beta = self.weights[index], self.beta
                 found = learn(self.router, self.optimizer, index, difference, weight, beta)
                 if not math.isfinite(found["loss"]):
                     raise FittingError(f"the loss at step {index} is {found['loss']}; lower lr")
@@ -396,7 +413,9 @@ class _Course:
 
     def _save(self, states: Path) -> None:
         tensors, facts = checkpoint.pack_optimizer(self.optimizer.state_dict())
-        state = {"optimizer": facts, "weights": self.weights, "history": self.history}
+        state = {
+            "optimizer": facts, "weights": self.weights, "history": self.history, "beta": self.beta,
+        }  # fmt: skip
         parts = {"router": {"logits": self.router.logits}, "optimizer": tensors}
         checkpoint.write(states, checkpoint.Checkpoint(len(self.history), parts, state), keep=1)
 
@@ -410,6 +429,7 @@ class _Course:
         facts = checkpoint.unpack_optimizer(saved.tensors["optimizer"], saved.state["optimizer"])
         self.optimizer.load_state_dict(facts)
         self.weights, self.history = list(saved.state["weights"]), list(saved.state["history"])
+        self.beta = float(saved.state["beta"])
 
 
 @contextlib.contextmanager

@@ -82,10 +82,16 @@ class Trajectory:
         self.factors = factors
         self._samples = [x, *self._samples][: self.order + 1]
 
-    def at(self, x: float) -> Tensor:
-        """The forecast at x, in the dtype of the values. At order 0 the stored tensor: don't write to it."""
+    def at(self, x: float, order: int | None = None) -> Tensor:
+        """The forecast at x, in the dtype of the values. At order 0 the stored tensor: don't write to it.
+
+        Args:
+            order: highest difference to use, if lower than those there are.
+        """
         forecast = self.factors[0]
         weights = self._weights(x)
+        if order is not None:
+            weights = weights[: order + 1]
         for i in range(1, len(weights)):
             if i == 1:
                 forecast = torch.add(forecast, self.factors[1], alpha=weights[1])

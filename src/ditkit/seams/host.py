@@ -171,7 +171,7 @@ class Host:
             if "attention" in vars(self):
                 self.attention.begin()
             shapes = _shapes(arguments)
-            output = self._counted(forward, args, kwargs, shapes)
+            output = self._counted(self.blocks.around_model(forward), args, kwargs, shapes)
         except BaseException:
             self.clock.restart()
             raise
