@@ -12,7 +12,7 @@ import importlib
 import pkgutil
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -45,6 +45,40 @@ class Paper:
     @property
     def url(self) -> str:
         return f"https://arxiv.org/abs/{self.arxiv}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An option that `tune` may set to one of these values.
+
+    Args:
+        values: what to try; plain values that text can name.
+        when: other options of the same method, and the values at which this one matters.
+    """
+
+    values: tuple[Any, ...]
+    when: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Range:
+    """An option that `tune` may set to a number from `low` to `high`, both included.
+
+    Args:
+        low, high: whole numbers make it a whole number.
+        log: tried evenly on a logarithmic scale.
+        when: see `Choice`.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+    when: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+
+
+Search = Mapping[str, Choice | Range]
+"""What a method's class variable `search` holds: its options that are worth trying, in the order in which
+they are chosen."""
 
 
 @dataclass(frozen=True)
@@ -173,19 +207,33 @@ def build(kind: Kind, name: str, items: Iterable[str]) -> Any:
         UnknownNameError: unknown system; the nearest names.
         OptionError: unknown option or a value of the wrong type; the valid ones.
     """
-    entry = get(kind, name)
-    fields = options(entry)
-    hints = typing.get_type_hints(entry.target)
-    values: dict[str, Any] = {}
+    get(kind, name)
+    values: dict[str, str] = {}
     for item in items:
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals:
             raise OptionError(f"{name}: {item.strip()!r} is not of the form option=value")
+        values[key] = value
+    return construct(kind, name, values)
+
+
+def construct(kind: Kind, name: str, values: Mapping[str, Any]) -> Any:
+    """Build a system from its options by name; those given as text are read by the option's type.
+
+    Raises:
+        UnknownNameError: unknown system; the nearest names.
+        OptionError: unknown option or a value it does not take; the valid ones.
+    """
+    entry = get(kind, name)
+    fields = options(entry)
+    hints = typing.get_type_hints(entry.target)
+    read: dict[str, Any] = {}
+    for key, value in values.items():
         if key not in fields:
             raise OptionError(f"{name}: no option {key!r}; it has {', '.join(fields) or 'none'}")
-        values[key] = _convert(name, key, value, hints[key])
+        read[key] = _convert(name, key, value, hints[key]) if isinstance(value, str) else value
     try:
-        return entry.target(**values)
+        return entry.target(**read)
     except (TypeError, ValueError) as error:
         raise OptionError(f"{name}: {error}") from error
 

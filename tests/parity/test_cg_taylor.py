@@ -67,8 +67,9 @@ def test_golden(path: Path) -> None:
         "trajectory": states[case["rows"]],
         "final_full_compute": sample(case, tensors)[0][-1],
     }
-    outputs = {name: value for name, value in tensors.items() if name.startswith("outputs.")}
-    expected = {name.removeprefix("outputs."): value for name, value in outputs.items()}
+    expected = {
+        name.removeprefix("outputs."): t for name, t in tensors.items() if name.startswith("outputs.")
+    }
     assert found["is_full"].tolist() == expected.pop("is_full").bool().tolist()
     assert report.computed_at == [index for index, full in enumerate(ran) if full]
     torch.testing.assert_close(found["gate_error"], expected.pop("gate_error"), atol=1e-5, rtol=0)

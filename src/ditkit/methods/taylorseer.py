@@ -18,7 +18,7 @@ from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
-from ditkit.registry import Paper, register
+from ditkit.registry import Choice, Paper, Range, Search, register
 from ditkit.seams.apply import Host
 from ditkit.seams.blocks import Outputs, StackCache, UnitCache, UnitRef
 from ditkit.seams.extrapolate import DTYPES, Expansion, FactorDtype, Trajectory
@@ -80,6 +80,15 @@ class TaylorSeer:
     coordinate: Coordinate = "index"
 
     claims: ClassVar[frozenset[str]] = frozenset({"blocks"})
+    search: ClassVar[Search] = {
+        "interval": Range(2, 10),
+        "granularity": Choice(("last-block", "module")),
+        "order": Choice((0, 1, 2)),
+        "expansion": Choice(("newton", "authors"), when={"order": (2,)}),
+        "reach": Choice((None, 1.0), when={"order": (1, 2)}),
+        "warmup": Range(1, 3),
+        "last_steps": Choice((0, 1)),
+    }
 
     def __post_init__(self) -> None:
         for name, least in (("interval", 1), ("order", 0), ("last_steps", 0)):
