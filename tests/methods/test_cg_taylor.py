@@ -15,6 +15,7 @@ from ditkit.methods.cg_taylor import GATE_ERROR, CGTaylor
 from ditkit.methods.taylorseer import TaylorSeer
 from ditkit.models.dit import DiT
 from ditkit.registry import OptionError, parse_method
+from ditkit.seams.cost import ModelCost
 from ditkit.seams.errors import SeamError
 from ditkit.seams.extrapolate import Trajectory
 from loops import Pipe, denoise, join
@@ -226,3 +227,11 @@ def test_a_single_block_is_refused() -> None:
     model = DiT(input_size=8, hidden_size=32, depth=1, num_heads=2)
     with pytest.raises(SeamError, match="DiT has 1 block"):
         ditkit.apply(model, CGTaylor())
+
+
+def test_ceiling() -> None:
+    """Ten blocks and a frame of the weight of one: a skipped step costs two of eleven."""
+    cost = ModelCost(steps=20, whole=11.0, outside=1.0, block=1.0)
+    expected = 20 / (6 + 14 * 2 / 11)
+    assert CGTaylor(warmup=5).ceiling(cost) == pytest.approx(expected)
+    assert CGTaylor(threshold=0.0).ceiling(cost) == 1.0

@@ -13,6 +13,7 @@ import ditkit
 from ditkit.fitting import artifact
 from ditkit.methods.harmonica import HarmoniCa
 from ditkit.registry import OptionError, parse_method
+from ditkit.seams.cost import ModelCost
 from ditkit.seams.errors import SeamError
 from loops import Pipe, denoise
 from tiny_models import TINY, output
@@ -160,3 +161,10 @@ def test_refusals(tmp_path: Path) -> None:
             HarmoniCa(**options)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="mask can't be given as text"):
         parse_method("harmonica:mask=1")
+
+
+def test_ceiling() -> None:
+    cost = ModelCost(steps=4, whole=10.0, outside=2.0)
+    mask = [[True, True], [True, False], [False, False], [False, True]]
+    assert HarmoniCa(mask=mask).ceiling(cost) == pytest.approx(1 / (0.5 + 0.5 * 0.2))
+    assert HarmoniCa(uniform=2).ceiling(cost) == pytest.approx(1 / (0.5 + 0.5 * 0.2))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import ditkit
 from ditkit.methods.predict_correct import PredictCorrect
+from ditkit.seams.cost import ModelCost
 from loops import Pipe, denoise
 from tiny_models import TINY
 
@@ -160,3 +161,8 @@ def test_compiled_without_a_graph_break() -> None:
     torch.testing.assert_close(result, eager, atol=1e-5, rtol=1e-5)
     assert run.report().steps_computed == method.computed_steps(7)
     torch.compiler.reset()
+
+
+def test_ceiling() -> None:
+    cost = ModelCost(steps=28, whole=11.0, outside=1.0, block=1.0)
+    assert PredictCorrect(interval=4).ceiling(cost) == 28 / 11

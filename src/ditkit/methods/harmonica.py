@@ -21,6 +21,7 @@ from ditkit.fitting import artifact
 from ditkit.registry import Paper, register
 from ditkit.seams.apply import Host
 from ditkit.seams.blocks import Outputs, UnitCache, UnitRef
+from ditkit.seams.cost import ModelCost
 from ditkit.seams.errors import SeamError
 from ditkit.seams.extrapolate import owned
 from ditkit.seams.steps import Step
@@ -88,6 +89,14 @@ class HarmoniCa:
         table = self.table()
         _check_steps(len(table), num_steps)
         return sum(any(row) for row in table)
+
+    def ceiling(self, cost: ModelCost) -> float:
+        """At most so many times less work, if all modules of a block take the same."""
+        if self.uniform is not None:
+            return cost.skipping(self.computed_steps(cost.steps))
+        table = self.table()
+        share = sum(map(sum, table)) / (len(table) * len(table[0]))
+        return 1 / (share + (1 - share) * cost.outside / cost.whole)
 
     def table(self) -> Table:
         """The table (T, U), true where a module runs.

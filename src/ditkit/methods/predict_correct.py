@@ -22,9 +22,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ditkit.registry import Paper, register
+from ditkit.registry import Choice, Paper, Range, Search, register
 from ditkit.seams.apply import Host
 from ditkit.seams.blocks import OutputCache
+from ditkit.seams.cost import ModelCost
 from ditkit.seams.extrapolate import Trajectory
 from ditkit.seams.steps import Step
 
@@ -62,6 +63,11 @@ class PredictCorrect:
     num_steps: int | None = None
 
     claims: ClassVar[frozenset[str]] = frozenset({"blocks"})
+    search: ClassVar[Search] = {
+        "interval": Range(2, 16),
+        "order": Choice((2, 1, 3)),
+        "corrector": Choice((3, 2, 0)),
+    }
 
     def __post_init__(self) -> None:
         for name, least in (("interval", 1), ("order", 0), ("corrector", 0), ("num_steps", 1)):
@@ -96,6 +102,10 @@ class PredictCorrect:
     def computed_steps(self, num_steps: int) -> int:
         """How many steps a generation of `num_steps` computes."""
         return len(self.full_steps(num_steps))
+
+    def ceiling(self, cost: ModelCost) -> float:
+        """At most so many times less work: nothing of the transformer runs at a skipped step."""
+        return cost.steps / self.computed_steps(cost.steps)
 
     def attach(self, host: Host) -> None:
         """Answer in place of the host's model."""
