@@ -37,7 +37,6 @@ def fit(pipe: Any, folder: Path, data: FitData = DATA, progress: Any = silent, *
 def test_what_computing_costs_is_what_is_left_out(tmp_path: Path) -> None:
     """At a price that no error outweighs all is reused, without one nothing more than before."""
     pipe = tiny_pipelines.flux()
-    traces = {name for name, module in pipe.transformer.named_modules() if "_diffusers_hook" in vars(module)}
     dear = fit(pipe, tmp_path / "dear", epochs=4, lr=3.0, beta=1e3)
     assert bool((dear[1:] == -5).all()) and bool((dear[0] == 5).all())
     method = HarmoniCa(weights=str(tmp_path / "dear"))
@@ -45,9 +44,10 @@ def test_what_computing_costs_is_what_is_left_out(tmp_path: Path) -> None:
     with ditkit.apply(pipe, method) as ran:
         pipe("red apple", num_inference_steps=3, output_type="latent")
     assert ran.report().computed_at == [0]
-    free = fit(pipe, tmp_path / "free", epochs=4, lr=3.0, beta=0.0)
-    assert not torch.equal(free, dear)
-    assert all("_diffusers_hook" not in vars(module) for module in pipe.transformer.modules()) or traces
+    # Without a price the error alone moves every logit that is learned.
+    free = fit(pipe, tmp_path / "free", epochs=2, lr=0.1, beta=0.0)
+    assert bool((free != Router.random(3, free.shape[1], 0).logits)[1:].all())
+    assert all("_diffusers_hook" not in vars(module) for module in pipe.transformer.modules())
     assert "step" not in vars(pipe.scheduler)
     assert all(parameter.requires_grad for parameter in pipe.transformer.parameters())
 

@@ -370,8 +370,9 @@ class _Course:
             self._forwards.append(self.soft.place[0])
             return output
         soft, along_path = self.soft, self.options.ablation != "path"
-        soft.mode, soft.scores = "soft", [row.sigmoid() for row in self.router.rows]
+        soft.mode = "soft"
         with torch.enable_grad():
+            soft.scores = [row.sigmoid() for row in self.router.rows]
             student = forward(*args, **kwargs)
         index, number = soft.place
         if index == 0:
