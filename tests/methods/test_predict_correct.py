@@ -24,11 +24,11 @@ def test_schedule() -> None:
     method = PredictCorrect(interval=4)
     assert method.full_steps(28) == [0, 1, 3, 7, 10, 13, 17, 21, 24, 26, 27]
     assert [method.computed_steps(steps) for steps in (1, 2, 3, 28, 50)] == [1, 2, 3, 11, 16]
-    for steps in range(1, 60):
-        for interval in range(1, 9):
-            full = PredictCorrect(interval=interval).full_steps(steps)
-            gaps = [b - a for a, b in itertools.pairwise(full)]
-            assert full[0] == 0 and full[-1] == steps - 1 and all(0 < gap <= interval for gap in gaps)
+    for steps, interval, end_gap in itertools.product(range(1, 60), range(1, 9), (1, 2, 3)):
+        full = PredictCorrect(interval=interval, end_gap=end_gap).full_steps(steps)
+        gaps = [b - a for a, b in itertools.pairwise(full)]
+        assert full[0] == 0 and full[-1] == steps - 1 and all(0 < gap <= interval for gap in gaps)
+    assert PredictCorrect(interval=9, end_gap=3).full_steps(28) == [0, 3, 9, 18, 24, 27]
     assert PredictCorrect(interval=1).full_steps(7) == list(range(7))
 
 
@@ -141,6 +141,7 @@ def test_other_schedulers_are_not_corrected() -> None:
 def test_bad_options() -> None:
     for options, words in (
         ({"interval": 0}, "interval must be a whole number of at least 1; got 0"),
+        ({"end_gap": 0}, "end_gap must be"),
         ({"order": -1}, "order must be"),
         ({"corrector": 1.5}, "corrector must be"),
     ):

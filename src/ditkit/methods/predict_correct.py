@@ -9,7 +9,7 @@ it serves a cache that keeps the pipeline's own steps, as TaylorSeer (arXiv 2503
   scheduler whose update is an Euler step in sigma, x <- x + (sigma' - sigma) v: v + delta / (sigma' - sigma)
   moves x by delta more.
 No part of the transformer runs at a skipped step. Computed steps lie dense at both ends of the schedule,
-where v turns fastest: their gaps are 1, 2, 4, ... up to `interval`, and the same from the end.
+where v turns fastest: their gaps are 1, 2, 4, ... times `end_gap` up to `interval`, and so from the end.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ class PredictCorrect:
 
     Args:
         interval: largest gap between computed steps, >= 1. 1 computes all of them.
+        end_gap: the first and the last gap, >= 1; larger ones leave fewer computed steps than a large
+            `interval` alone.
         order: of the predictor's polynomial, >= 0.
         corrector: order of the corrector's polynomial, >= 1; 0: no correction.
         num_steps: length of a generation, for a loop of one's own over a bare transformer; a pipeline's
@@ -58,6 +60,7 @@ class PredictCorrect:
     """
 
     interval: int = 4
+    end_gap: int = 1
     order: int = 2
     corrector: int = 3
     num_steps: int | None = None
@@ -65,17 +68,19 @@ class PredictCorrect:
     claims: ClassVar[frozenset[str]] = frozenset({"blocks"})
     search: ClassVar[Search] = {
         "interval": Range(2, 16),
+        "end_gap": Choice((1, 2, 3, 4)),
         "order": Choice((2, 1, 3)),
         "corrector": Choice((3, 2, 0)),
     }
 
     def __post_init__(self) -> None:
-        for name, least in (("interval", 1), ("order", 0), ("corrector", 0), ("num_steps", 1)):
+        least = {"interval": 1, "end_gap": 1, "order": 0, "corrector": 0, "num_steps": 1}
+        for name, smallest in least.items():
             value = getattr(self, name)
             if name == "num_steps" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}; got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+                raise ValueError(f"{name} must be a whole number of at least {smallest}; got {value!r}")
 
     def full_steps(self, num_steps: int) -> list[int]:
         """Indices (0 = the noisiest step) of the steps that a generation of `num_steps` computes."""
@@ -97,7 +102,8 @@ class PredictCorrect:
 
     def _ramp(self) -> list[int]:
         """Gaps below `interval`, doubling."""
-        return [2**power for power in range((self.interval - 1).bit_length())]
+        doubled = (self.end_gap * 2**power for power in itertools.count())
+        return list(itertools.takewhile(lambda gap: gap < self.interval, doubled))
 
     def computed_steps(self, num_steps: int) -> int:
         """How many steps a generation of `num_steps` computes."""
