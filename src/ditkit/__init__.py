@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ditkit.analysis.bench import bench
     from ditkit.hub import load
+    from ditkit.methods.cg_taylor import CGTaylor
     from ditkit.methods.clear import LocalWindow
+    from ditkit.methods.harmonica import HarmoniCa
+    from ditkit.methods.predict_correct import PredictCorrect
     from ditkit.methods.taylorseer import TaylorSeer
     from ditkit.recipes import Recipe
     from ditkit.seams.apply import Run, apply
@@ -28,9 +31,25 @@ _HOMES = {
     "train": "ditkit.training.trainer",
     "TaylorSeer": "ditkit.methods.taylorseer",
     "LocalWindow": "ditkit.methods.clear",
+    "CGTaylor": "ditkit.methods.cg_taylor",
+    "HarmoniCa": "ditkit.methods.harmonica",
+    "PredictCorrect": "ditkit.methods.predict_correct",
 }
 
-__all__ = ["LocalWindow", "Recipe", "Run", "TaylorSeer", "__version__", "apply", "bench", "load", "train"]
+__all__ = [
+    "CGTaylor",
+    "HarmoniCa",
+    "LocalWindow",
+    "PredictCorrect",
+    "Recipe",
+    "Run",
+    "TaylorSeer",
+    "__version__",
+    "apply",
+    "bench",
+    "load",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,8 @@ from ditkit import registry
 from ditkit.analysis.sampling import Sampling, sample
 from ditkit.seams.errors import ConflictError
 
+# What a method can't do without.
+NEEDED = {"harmonica": {"uniform": 2}}
 PAIRS = list(itertools.combinations_with_replacement(registry.entries("method"), 2))
 
 
@@ -22,7 +24,7 @@ def pipe():
 
 
 def apply(pipe, *names: str) -> ditkit.Run:
-    return ditkit.apply(pipe, *(registry.get("method", name).target() for name in names))
+    return ditkit.apply(pipe, *(registry.get("method", name).target(**NEEDED.get(name, {})) for name in names))
 
 
 def draw(pipe, *names: str) -> torch.Tensor:
