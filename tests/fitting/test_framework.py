@@ -191,9 +191,10 @@ def test_loop_refuses_a_loss_that_is_not_finite(tmp_path: Path) -> None:
 def test_trainable_gives_the_model_back() -> None:
     model = torch.nn.Linear(2, 2).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with loop.trainable(model, ["weight"]) as chosen:
-        assert not model.bias.requires_grad and not model.training
-        chosen["weight"].data.add_(1)
+    with loop.trainable(model, ["weight"]) as trained:
+        assert not model.bias.requires_grad and not trained.changed()
+        trained.parameters["weight"].data.add_(1)
+        assert list(trained.changed()) == ["weight"]
     assert model.bias.requires_grad and model.training
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 

@@ -4,18 +4,20 @@ model.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import torch as files
 from torch import Tensor, nn
 
 from ditkit.files import whole_file, write_text
-from ditkit.seams.anatomy import child, describe
+from ditkit.seams.anatomy import describe
+from ditkit.seams.attention import attention_modules
 from ditkit.seams.errors import SeamError
 
 CONFIG = "config.json"
@@ -110,6 +112,20 @@ def load(folder: str | Path, method: str) -> Artifact:
     return Artifact(folder, name, options, model, files.load(content))
 
 
+T = TypeVar("T")
+
+
+def fitted(method: T, found: Artifact) -> T:
+    """The method with the options it was fitted with, wherever its own are at their defaults."""
+    defaults = {f.name: f.default for f in dataclasses.fields(method)}  # pyright: ignore[reportArgumentType]
+    changes = {
+        name: value
+        for name, value in found.options.items()
+        if name in defaults and getattr(method, name) == defaults[name]
+    }
+    return dataclasses.replace(method, **changes)  # pyright: ignore[reportArgumentType]
+
+
 def model_facts(model: nn.Module) -> dict[str, Any]:
     """What must be equal for a fit to serve a model: class, blocks, attention modules, width and heads.
 
@@ -117,12 +133,7 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
         UnsupportedModelError: the anatomy does not know the class.
     """
     blocks = describe(model).blocks(model)
-    modules = [
-        module
-        for stack, _, block in blocks
-        for attention in stack.attention
-        if attention.kind != "cross" and (module := child(block, attention.module)) is not None
-    ]
+    modules = [module for _, kind, module in attention_modules(model) if kind != "cross"]
     return {
         "class": type(model).__name__,
         "blocks": len(blocks),

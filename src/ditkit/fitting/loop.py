@@ -162,23 +162,38 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
+@dataclass(frozen=True)
+class Trained:
+    """Parameters that take gradients, by name, and their values before."""
+
+    parameters: dict[str, nn.Parameter]
+    before: dict[str, Tensor]
+
+    def changed(self) -> dict[str, Tensor]:
+        """Those that are not what they were."""
+        return {
+            name: parameter.detach().clone()
+            for name, parameter in self.parameters.items()
+            if not torch.equal(parameter, self.before[name])
+        }
+
+
 @contextlib.contextmanager
-def trainable(model: nn.Module, names: list[str]) -> Iterator[dict[str, nn.Parameter]]:
+def trainable(model: nn.Module, names: list[str]) -> Iterator[Trained]:
     """The named parameters take gradients, no others do; afterwards the model is as it was, values too."""
     every = dict(model.named_parameters())
     flags = {name: parameter.requires_grad for name, parameter in every.items()}
     chosen = {name: every[name] for name in names}
-    values = {name: parameter.detach().clone() for name, parameter in chosen.items()}
+    trained = Trained(chosen, {name: parameter.detach().clone() for name, parameter in chosen.items()})
     training = model.training
     try:
         for name, parameter in every.items():
             parameter.requires_grad_(name in chosen)
-        model.eval()
-        yield chosen
+        yield trained
     finally:
         with torch.no_grad():
             for name, parameter in chosen.items():
-                parameter.copy_(values[name])
+                parameter.copy_(trained.before[name])
                 parameter.grad = None
         for name, parameter in every.items():
             parameter.requires_grad_(flags[name])

@@ -6,8 +6,9 @@ tells how far this step can be trusted. While e is below a threshold the other b
 output h_L of the last one is forecast; else they run and both series get a new sample. So two tensors are
 kept, where TaylorSeer keeps one for every module.
 
-The rules are those of the authors' code for DiT. Their port to FLUX and Wan compares a tensor with `is False`,
-which never holds, so that its first-block series is not renewed after the warm-up; that is not repeated here.
+The rules are those of the authors' code for DiT. Their port to FLUX and Wan compares a tensor with
+`is False`, which never holds, so that its first-block series is not renewed after the warm-up; that is not
+repeated here.
 
 B batch, L tokens, C width.
 """

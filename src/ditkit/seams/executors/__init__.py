@@ -9,10 +9,19 @@
 
 from __future__ import annotations
 
-from ditkit.seams.executors.blocks import BlockLists, Tiling, dense_mask, density, sides, tile_grid
+from ditkit.seams.executors.blocks import (
+    BlockLists,
+    Tiling,
+    dense_mask,
+    density,
+    sides,
+    sides_option,
+    tile_grid,
+)
 from ditkit.seams.executors.dense import combine, is_key_mask, key_mask, masked_dense
 from ditkit.seams.executors.flex import FlexPlan, FlexTable, flex_blocks, flex_table, plan_blocks, plan_table
 from ditkit.seams.executors.gather import gather_blocks, gather_blocks_with_lse
+from ditkit.seams.executors.opaque import attend_map
 from ditkit.seams.executors.plan import (
     DENSE_ABOVE,
     DENSE_BELOW,
@@ -47,6 +56,7 @@ __all__ = [
     "Tiling",
     "WindowPlan",
     "Windows",
+    "attend_map",
     "attention_with_lse",
     "choose",
     "combine",
@@ -70,5 +80,6 @@ __all__ = [
     "pooled_scores",
     "pooled_tiles",
     "sides",
+    "sides_option",
     "tile_grid",
 ]

@@ -87,6 +87,26 @@ def sides(text: str) -> tuple[int, int, int]:
     return (frames[0] if frames else 1), height, width
 
 
+def sides_option(name: str, value: tuple[int, int, int] | str | None) -> tuple[int, int, int] | None:
+    """An option that takes sizes as numbers or as text, checked.
+
+    Raises:
+        ValueError: with the option's name.
+    """
+    try:
+        found = sides(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if found is None:
+        return None
+    found = (1, *found) if len(found) == 2 else tuple(found)
+    if len(found) != 3 or any(isinstance(x, bool) or not isinstance(x, int) or x < 1 for x in found):
+        raise ValueError(
+            f"{name} must be three whole numbers of at least 1 (frames, height, width); got {value!r}"
+        )
+    return found
+
+
 def tile_grid(
     grid: tuple[int, int, int], tile: tuple[int, int, int], device: torch.device | str | None = None
 ) -> Tiling:

@@ -107,6 +107,19 @@ class BlockPlan:
         whole = self.tiling.valid is None and mask is None
         return choose(self.layout.length, self.share, device=q.device, whole=whole)
 
+    def prepare(self, device: torch.device) -> Choice:
+        """Make what the executor needs, before the first call; tells which it will be when the model passes
+        no mask."""
+        whole = self.tiling.valid is None
+        if self.executor == "auto":
+            choice = choose(self.layout.length, self.share, device=device, whole=whole)
+        else:
+            choice = Choice(self.executor, "as asked for")
+        _ = {"dense": lambda: self.mask, "gather": lambda: self.lists, "flex": lambda: self._flex}[
+            choice.name
+        ]()
+        return choice
+
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
     ) -> Tensor:
@@ -150,7 +163,12 @@ class WindowPlan:
     @functools.cached_property
     def share(self) -> float:
         """Of the L x L pairs that are read, 0..1."""
-        return self.mask.double().mean().item()
+        windows, length = self.windows, self.layout.length
+        reads = windows.masks.sum(-1)[windows.kind]  # (n, t)
+        if windows.tiling.valid is not None:
+            reads = reads * windows.tiling.valid
+        text = self.layout.joint_text_length
+        return (int(reads.sum()) + text * (self.layout.image_length + length)) / length**2
 
     @functools.cached_property
     def mask(self) -> Tensor:
@@ -165,16 +183,26 @@ class WindowPlan:
 
     def choose(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Choice:
         """The executor for these inputs, and why."""
-        length = self.layout.length
-        if mask is not None and not is_key_mask(mask, q.shape[0], length):
+        if mask is not None and not is_key_mask(mask, q.shape[0], self.layout.length):
             return Choice("dense", "the model's mask has a row for each query: masked dense, no gain")
+        return self._choice
+
+    @functools.cached_property
+    def _choice(self) -> Choice:
         if self.executor in ("dense", "gather"):
             return Choice(self.executor, "as asked for")
+        length = self.layout.length
         gathered = self.windows.keys.shape[1] + self.layout.joint_text_length
         words = f"a tile gathers {gathered} of {length} keys"
         if length < DENSE_BELOW or gathered / length > DENSE_ABOVE:
             return Choice("dense", f"{words}, no gain")
         return Choice("gather", words)
+
+    def prepare(self, device: torch.device) -> Choice:
+        """Make what the executor needs, before the first call; tells which it will be."""
+        if self._choice.name == "dense":
+            _ = self.mask
+        return self._choice
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
@@ -204,7 +232,7 @@ class StaticMask(Protocol):
     @property
     def mask(self) -> Tensor: ...
 
-    def choose(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Choice: ...
+    def prepare(self, device: torch.device) -> Choice: ...
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
