@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ditkit.analysis.bench import bench
+    from ditkit.analysis.tune import tune
     from ditkit.hub import load
     from ditkit.methods.clear import LocalWindow
     from ditkit.methods.taylorseer import TaylorSeer
@@ -24,13 +25,25 @@ _HOMES = {
     "Run": "ditkit.seams.apply",
     "load": "ditkit.hub",
     "bench": "ditkit.analysis.bench",
+    "tune": "ditkit.analysis.tune",
     "Recipe": "ditkit.recipes",
     "train": "ditkit.training.trainer",
     "TaylorSeer": "ditkit.methods.taylorseer",
     "LocalWindow": "ditkit.methods.clear",
 }
 
-__all__ = ["LocalWindow", "Recipe", "Run", "TaylorSeer", "__version__", "apply", "bench", "load", "train"]
+__all__ = [
+    "LocalWindow",
+    "Recipe",
+    "Run",
+    "TaylorSeer",
+    "__version__",
+    "apply",
+    "bench",
+    "load",
+    "train",
+    "tune",
+]
 
 
 def __getattr__(name: str) -> Any:

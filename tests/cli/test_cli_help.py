@@ -21,7 +21,18 @@ def commands() -> list[str]:
 
 
 def test_the_commands_that_users_are_promised() -> None:
-    promised = {"demo", "generate", "methods", "models", "bench", "train", "eval", "convert", "data emoji"}
+    promised = {
+        "demo",
+        "generate",
+        "methods",
+        "models",
+        "bench",
+        "train",
+        "eval",
+        "convert",
+        "data emoji",
+        "tune",
+    }
     assert promised <= set(commands())
 
 

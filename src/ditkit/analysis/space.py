@@ -20,7 +20,7 @@ from ditkit.seams.apply import apply
 from ditkit.seams.cost import LITTLE, ModelCost, ceiling, words
 from ditkit.seams.errors import ConflictError, SeamError, UnsupportedModelError
 
-NONE = "none"
+NONE, PLAIN = "none", "plain steps"
 
 
 class Suggests(Protocol):
@@ -72,7 +72,7 @@ class Space:
         methods = tuple({name: self._options(trial, name)} for name in chosen)
         steps = None
         if not chosen or trial.suggest_categorical("fewer steps", [False, True]):
-            steps = trial.suggest_int("steps" if chosen else "plain steps", self.fewest_steps, self.steps)
+            steps = trial.suggest_int("steps" if chosen else PLAIN, self.fewest_steps, self.steps)
         return Recipe(methods=methods, steps=None if steps == self.steps else steps)
 
     def _options(self, trial: Suggests, name: str) -> dict[str, Any]:
@@ -83,12 +83,12 @@ class Space:
         return {**values, **self.methods[name]}
 
     def starts(self) -> list[dict[str, Any]]:
-        """Choices to begin with: a third of the steps, and each method alone with the middle of its options."""
-        thirds = max(self.fewest_steps, self.steps // 3)
-        found: list[dict[str, Any]] = [_recorded(self, {}, {"plain steps": thirds})]
-        for name in self.methods:
-            found.append(_recorded(self, {name: True}, {}))
-        return found
+        """Choices to begin with: a third of the steps, and each method alone with moderate options."""
+        recorders = [_Recorder(plain_steps=max(self.fewest_steps, self.steps // 3))]
+        recorders += [_Recorder([name]) for name in self.methods]
+        for recorder in recorders:
+            self.suggest(recorder)
+        return [recorder.answers for recorder in recorders]
 
 
 def space_for(
@@ -149,7 +149,7 @@ def _why_not(pipe: Any, entry: Entry, options: Mapping[str, Any], cost: ModelCos
     if not search_of(entry):
         return "it names no options to search"
     takes_weights = "weights" in registry.options(entry)
-    if takes_weights and "training" in entry.needs and not options:
+    if takes_weights and {"training", "fitting"} & set(entry.needs) and not options:
         return "it needs weights that were fitted to this model: give their folder"
     try:
         method = default(entry.name, options)
@@ -195,32 +195,27 @@ def _ask(trial: Suggests, name: str, way: Choice | Range) -> Any:
 
 @dataclass
 class _Recorder:
-    """Answers a space's questions in a given way and keeps the answers."""
+    """Answers a space's questions with the wanted methods and the middle of their options, and keeps that."""
 
-    wanted: Mapping[str, Any]
+    methods: Sequence[str] = ()
+    plain_steps: int | None = None
     answers: dict[str, Any] = field(default_factory=dict)
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        if name in self.wanted:
-            answer = self.wanted[name]
-        elif choices[0] == NONE or choices[0] is False:
-            answer = next((choice for choice in choices if choice in self.wanted), choices[0])
-        else:
-            answer = choices[0]
+        answer = next((choice for choice in choices if choice in self.methods), choices[0])
         self.answers[name] = answer
         return answer
 
     def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
-        self.answers[name] = self.wanted.get(name, max(low, min(high, (low + high) // 3)))
-        return self.answers[name]
+        wanted = self.plain_steps if name == PLAIN and self.plain_steps else round(_between(low, high, log))
+        self.answers[name] = wanted
+        return wanted
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        middle = (low * high) ** 0.5 if log and low > 0 else (low + high) / 2
-        self.answers[name] = self.wanted.get(name, middle)
+        self.answers[name] = _between(low, high, log)
         return self.answers[name]
 
 
-def _recorded(space: Space, chosen: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
-    recorder = _Recorder({**chosen, **told})
-    space.suggest(recorder)
-    return recorder.answers
+def _between(low: float, high: float, log: bool) -> float:
+    """A third of the way from the low end, where methods change the least."""
+    return low * (high / low) ** (1 / 3) if log else low + (high - low) / 3

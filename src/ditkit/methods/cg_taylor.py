@@ -23,7 +23,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from ditkit.registry import Paper, register
+from ditkit.registry import Choice, Paper, Range, Search, register
 from ditkit.seams.apply import Host
 from ditkit.seams.blocks import StackCache
 from ditkit.seams.errors import SeamError
@@ -87,6 +87,14 @@ class CGTaylor:
     factor_dtype: FactorDtype = "float32"
 
     claims: ClassVar[frozenset[str]] = frozenset({"blocks"})
+    search: ClassVar[Search] = {
+        "threshold": Range(0.01, 0.6, log=True),
+        "first_order": Choice((1, 0, 2)),
+        "last_order": Choice((1, 0, 2)),
+        "expansion": Choice(("newton", "authors"), when={"last_order": (2,)}),
+        "warmup": Range(1, 5),
+        "forecast": Choice(("hidden", "residual")),
+    }
 
     def __post_init__(self) -> None:
         if not self.threshold >= 0:
