@@ -1,8 +1,8 @@
 """Time at equal error: every method of ours, every peer, plain sampling with fewer steps, in one process.
 
-First every setting of everyone draws the prompts once, for its error and a first time. Then those that are on
-the front of their family are timed in interleaved rounds. A family's time at an error is read off its front,
-between the two settings around it (linearly in the logarithm of the error).
+First every setting of everyone draws some of the prompts once, for a first error and time. Then those that
+are next to the wanted errors on the front of their family draw all prompts in interleaved rounds. A family's
+time at an error is read off its front, between the two settings around it (linearly in log error).
 
     python benchmarks/equal_error.py [--model micro-flux] [--steps 28] [--tuned 60]
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import random
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -65,7 +66,7 @@ class Entry:
 
 
 def grid(name: str, most: int) -> list[dict[str, Any]]:
-    """At most so many combinations of a method's options worth trying, spread over all."""
+    """At most so many combinations of a method's options worth trying, drawn from all."""
     options: list[dict[str, Any]] = [{}]
     for option, way in search_of(registry.get("method", name)).items():
         longer = []
@@ -75,8 +76,7 @@ def grid(name: str, most: int) -> list[dict[str, Any]]:
                 continue
             longer += [{**known, option: value} for value in values(way)]
         options = longer
-    step = max(1.0, len(options) / most)
-    return [options[int(i * step)] for i in range(min(most, len(options)))]
+    return random.Random(0).sample(options, min(most, len(options)))
 
 
 def values(way: Choice | Range) -> Sequence[Any]:
@@ -105,7 +105,7 @@ def everyone(pipe: Any, sampling: Sampling, cost: Any, options: argparse.Namespa
             found.append(Entry(name, SINGLE, who.ours(method)))
     if not peers.has_cache_dit():
         console.print("cache-dit can't be imported: it is missing in this comparison")
-    for family, group in peers.sweep(pipe, sampling, PROMPTS[: options.prompts]).items():
+    for family, group in peers.sweep(pipe, sampling, options.texts[: options.prompts]).items():
         found += [Entry(family, PEER, contestant) for contestant in group]
     return found
 
@@ -152,13 +152,17 @@ def around(front: Sequence[Entry], errors: Sequence[float], beside: int = 2) -> 
 
 
 def clock(pipe: Any, entries: list[Entry], prompts: Sequence[str], sampling: Sampling, rounds: int) -> None:
-    """Interleaved rounds: the median over the rounds of the ratio to dense within a round."""
+    """Interleaved rounds: the errors of the first, the median of the ratios to dense within each."""
     ratios: dict[int, list[float]] = {id(entry): [] for entry in entries}
-    for _ in track(range(rounds), f"timing {len(entries)} settings", console=console):
-        dense = sample(pipe, prompts, sampling).seconds
+    reference = sample(pipe, prompts, sampling)
+    for turn in track(range(rounds), f"timing {len(entries)} settings", console=console):
+        before = sample(pipe, prompts, sampling).seconds
         for entry in entries:
-            ratios[id(entry)].append(draw(pipe, entry, prompts, sampling).seconds)
-        dense = (dense + sample(pipe, prompts, sampling).seconds) / 2
+            drawn = draw(pipe, entry, prompts, sampling)
+            ratios[id(entry)].append(drawn.seconds)
+            if turn == 0:
+                entry.error = relative_l2(drawn.latents, reference.latents)
+        dense = (before + sample(pipe, prompts, sampling).seconds) / 2
         for entry in entries:
             ratios[id(entry)][-1] /= dense
     for entry in entries:
@@ -196,17 +200,17 @@ def at(front: Sequence[Entry], error: float, of: str = "ratio") -> float | None:
 def compare(pipe: Any, steps: int, options: argparse.Namespace) -> tuple[list[Claim], dict[str, Any]]:
     """One number of steps: claims and figures."""
     console.rule(f"{options.model}, {steps} steps")
-    sampling, prompts = Sampling(steps, options.guidance), PROMPTS[: options.prompts]
+    sampling, prompts = Sampling(steps, options.guidance), options.texts[: options.prompts]
     cost = measure(pipe, prompts, sampling)
     entries = everyone(pipe, sampling, cost, options)
-    look(pipe, entries, prompts, sampling)
-    tuned = tuned_entries(pipe, sampling, options)
-    look(pipe, tuned, prompts, sampling)
-    entries += tuned
+    entries += tuned_entries(pipe, sampling, options)
+    look(pipe, entries, prompts[: options.look], sampling)
     found = {family: around(front, AT) for family, front in fronts(entries).items() if front}
     timed = list(itertools.chain(*found.values()))
+    names = {id(entry) for entry in timed}
     clock(pipe, timed, prompts, sampling, options.rounds)
     work(pipe, [e for e in timed if e.kind in (SINGLE, PLAIN)], prompts, sampling)
+    found = {family: front for family, front in fronts(timed).items() if front}
     for entry in sorted(timed, key=lambda e: (e.family, e.ratio)):
         console.print(f"{entry.ratio:.3f}  {entry.error:.4f}  {entry.contestant.label}", highlight=False)
     where = f"{options.model}, {steps} steps"
@@ -220,7 +224,7 @@ def compare(pipe: Any, steps: int, options: argparse.Namespace) -> tuple[list[Cl
                 "error": e.error,
                 "time_ratio": e.ratio,
                 "flops_ratio": None if math.isnan(e.flops) else e.flops,
-                "timed": e in timed,
+                "timed": id(e) in names,
                 "failed": e.failed,
             }
             for e in entries
@@ -242,7 +246,7 @@ def tuned_entries(pipe: Any, sampling: Sampling, options: argparse.Namespace) ->
                 error,
                 Path(folder) / f"{error:g}",
                 trials=options.tuned // len(AT),
-                prompts=[text for pair in zip(HELDOUT, PROMPTS, strict=True) for text in pair],
+                prompts=options.texts[::-1],  # the search sees others than the comparison
                 sampling=replace(sampling, seed=777),
                 repeats=1,
             )
@@ -382,11 +386,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[28, 50])
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--texts", type=Path, help="a file with a prompt a line; None: the bench's own")
+    parser.add_argument("--look", type=int, default=4, help="of them, for the first look")
     parser.add_argument("--grid", type=int, default=60, help="settings of each method of ours")
     parser.add_argument("--tuned", type=int, default=60, help="trials of `tune` over all errors; 0: none")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--weights", nargs="*", default=[], metavar="NAME=FOLDER")
     options = parser.parse_args()
+    lines = options.texts.read_text(encoding="utf-8").splitlines() if options.texts else (*PROMPTS, *HELDOUT)
+    options.texts = [line for line in lines if line.strip()]
     pipe = ditkit.load(options.model)
     pipe.set_progress_bar_config(disable=True)
     claims: list[Claim] = []

@@ -13,6 +13,7 @@ import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from record import Claim, arguments, write
@@ -98,12 +99,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--texts", type=Path, help="a file with a prompt a line; None: the bench's own")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--weights", nargs="*", default=[], metavar="NAME=FOLDER")
     options: argparse.Namespace = parser.parse_args()
     pipe = ditkit.load(options.model)
     pipe.set_progress_bar_config(disable=True)
-    sampling, prompts = Sampling(options.steps, options.guidance), PROMPTS[: options.prompts]
+    sampling, prompts = Sampling(options.steps, options.guidance), list(PROMPTS[: options.prompts])
+    if options.texts:
+        prompts = options.texts.read_text(encoding="utf-8").splitlines()[: options.prompts]
     weights = dict(pair.split("=", 1) for pair in options.weights)
     reference = sample(pipe, prompts, sampling).latents
     dense = statistics.median(sample(pipe, prompts, sampling).seconds for _ in range(options.rounds))

@@ -146,7 +146,7 @@ def default(name: str, options: Mapping[str, Any]) -> Any:
 
 
 def _why_not(pipe: Any, entry: Entry, options: Mapping[str, Any], cost: ModelCost) -> str | None:
-    if not search_of(entry):
+    if not search_of(entry) and not options:
         return "it names no options to search"
     takes_weights = "weights" in registry.options(entry)
     if takes_weights and {"training", "fitting"} & set(entry.needs) and not options:
