@@ -239,6 +239,7 @@ def tuned_entries(pipe: Any, sampling: Sampling, options: argparse.Namespace) ->
     if not options.tuned:
         return []
     found: dict[str, Entry] = {}
+    others = options.texts[-(len(options.texts) // 2) :]  # every other prompt, from here, is searched with
     with tempfile.TemporaryDirectory() as folder:
         for error in AT:
             result = tune(
@@ -246,7 +247,7 @@ def tuned_entries(pipe: Any, sampling: Sampling, options: argparse.Namespace) ->
                 error,
                 Path(folder) / f"{error:g}",
                 trials=options.tuned // len(AT),
-                prompts=options.texts[::-1],  # the search sees others than the comparison
+                prompts=list(itertools.chain(*zip(others, options.texts[: len(others)], strict=True))),
                 sampling=replace(sampling, seed=777),
                 repeats=1,
             )

@@ -166,6 +166,8 @@ def test_methods(ditkit) -> None:
     detail = ditkit("methods taylorseer").stdout
     assert "interval" in detail
     assert "https://arxiv.org/abs/2503.06923" in detail
+    assert "2 to 10" in detail
+    assert "where order is 2" in " ".join(detail.split())
 
 
 def test_models(ditkit) -> None:

@@ -28,6 +28,7 @@ from ditkit.analysis.selection import Outcome, choose, pareto, shortlist
 from ditkit.analysis.space import Space, space_for
 from ditkit.files import write_text
 from ditkit.recipes import Measured, ModelName, Recipe, Settings, class_name
+from ditkit.seams.anatomy import describe
 
 HELDOUT = (
     "green apple",
@@ -185,6 +186,7 @@ def tune(
         "seed": sampling.seed,
         "weights": {key: str(folder) for key, folder in (weights or {}).items()},
     }
+    describe(getattr(pipe.transformer, "_orig_mod", pipe.transformer))  # refuses a class before any work
     study = _study(out, facts, sampling.seed)
     cost = measure(pipe, search[:batch], sampling)
     space = space_for(pipe, cost.flops, methods, weights)
