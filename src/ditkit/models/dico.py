@@ -1,9 +1,9 @@
 """DiCo: a U-shaped denoiser of convolutions only, with compact channel attention.
 
 "DiCo: Revitalizing ConvNets for Scalable and Efficient Diffusion Modeling", arXiv 2505.11196. A block is a
-1 x 1 and a depthwise 3 x 3 convolution, a sigmoid gate for each channel (compact channel attention, CCA) and
-a feed-forward of 1 x 1 convolutions, modulated and gated as in DiT. Three levels of widths D, 2D, 4D; the
-last decoder level stays at 2D. No attention, patches or positions: any latent with sides of 4 n runs.
+1 x 1 and a depthwise 3 x 3 convolution, a sigmoid gate for each channel (compact channel attention, CCA)
+and a feed-forward of 1 x 1 convolutions, modulated and gated as in DiT. Three levels of widths D, 2D, 4D;
+the last decoder level stays at 2D. No attention, patches or positions: any latent with sides of 4 n runs.
 Parameter names are the authors'. Text conditioning (the paper's two forms, not in the authors' code) is an
 option; what the paper does not say of it (placement, the text's perceptron) and we chose is in `TextMixer`.
 

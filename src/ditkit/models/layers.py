@@ -153,12 +153,12 @@ class LabelEmbedder(LabelDropout):
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection: (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
         if width % num_heads:
             raise ValueError(f"width={width} can't be split over num_heads={num_heads}")
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
 
     def forward(self, hidden_states: Tensor) -> Tensor:

@@ -4,12 +4,12 @@
 window's proxy is the mean of its tokens; proxies attend to each other and every token attends to them
 (global, section 3.2.1), then tokens attend within their window and within windows shifted by half (local,
 3.2.2). One network for pictures, clips and several views: frames are an axis of the grid. Blocks and
-parameter names are those of the released model, in which the proxy branch has no time modulation (the paper's
-figure draws one). With proxies for cells smaller than the window that code averages a comb of tokens,
-`proxy="comb"`; `"cell"` is the contiguous cell it probably meant. There the time of one sample reaches another
-sample's windows when times differ in a batch; here each sample has its own. The class-conditional S model was
-not released; inferred: the label is added to the time's embedding, and there is no text attention. XL's sizes
-are the released ones, the others' those of the paper's table.
+parameter names are those of the released model, in which the proxy branch has no time modulation (the
+paper's figure draws one). With proxies for cells smaller than the window that code averages a comb of
+tokens, `proxy="comb"`; `"cell"` is the contiguous cell it probably meant. There one sample's time reaches
+another sample's windows when times differ in a batch; here each sample has its own. The class-conditional S
+model was not released; inferred: the label is added to the time's embedding, and there is no text
+attention. XL's sizes are the released ones, the others' those of the paper's table.
 
 Dimensions: B batch, C latent channels, F x H x W latent, f x h x w grid of tokens, P windows of n tokens, D
 width, Q proxies, T text tokens of width E.
