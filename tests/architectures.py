@@ -213,5 +213,36 @@ CASES: dict[str, Case] = {
             told={"stages": DIMR_STAGES},
             authors=_dimr_names,
         ),
+        Case(
+            "lamamba-diff",
+            dict(
+                input_size=8,
+                hidden_size=8,
+                depth=(2, 1, 1, 1),
+                middle_depth=1,
+                num_heads=2,
+                window_size=4,
+                ssm_state=2,
+                num_classes=5,
+            ),
+            published=(
+                Published("lamamba-diff-xl-state1", 652_484_648, 45.65),  # the scans' 0.28 apart
+                Published("lamamba-diff-xl-state1", 653_467_688, config={"input_size": 64}, side=64),
+                Published("lamamba-diff-xl", 659_742_248),
+                Published("lamamba-diff-xl", 660_725_288, config={"input_size": 64}, side=64),
+            ),
+            sizes=((8, 8), (4, 12), (12, 20)),
+        ),
+        Case(
+            "d2it",
+            dict(input_size=8, hidden_size=32, depth=2, refine_depth=1, num_heads=4, num_classes=5),
+            published=(
+                # The paper gives 467 and 687 M, within a percent of the design that the card chooses.
+                Published("d2it-l", 0),
+                Published("d2it-xl", 0),
+            ),
+            sizes=((8, 8), (4, 12), (6, 2)),
+            converts=False,  # no checkpoint of the authors was ever seen
+        ),
     )
 }

@@ -12,12 +12,10 @@ from architectures import CASES, inputs
 from ditkit import models
 from ditkit.models.pt_dit import (
     PTDiT,
-    from_windows,
     pool_proxies,
     relative_attention_cost,
-    shift_mask,
-    to_windows,
 )
+from ditkit.models.windows import from_windows, shift_mask, to_windows
 
 TEXT: dict[str, Any] = dict(
     hidden_size=32, depth=2, num_heads=2, input_size=8, compress_ratios=(2, 2, 2), caption_channels=6
@@ -47,9 +45,9 @@ def test_windows_and_back(window: tuple[int, int, int]) -> None:
 
 def test_shift_mask_separates_what_was_brought_round() -> None:
     """Four tokens in windows of two, shifted by one: 1 2 | 3 0, where 3 and 0 are strangers."""
-    mask = shift_mask((1, 1, 4), (1, 1, 2))
+    mask = shift_mask((1, 1, 4), (1, 1, 2), (0, 0, 1))
     assert mask.tolist() == [[[0, 0], [0, 0]], [[0, -1], [-1, 0]]]
-    assert not shift_mask((2, 3, 3), (1, 1, 1)).any()
+    assert not shift_mask((2, 3, 3), (1, 1, 1), (0, 0, 0)).any()
 
 
 class TestProxies:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ditkit.models.pt_dit import PTDiT, pool_proxies, shift_mask
+from ditkit.models.pt_dit import PTDiT, pool_proxies
+from ditkit.models.windows import shift_mask
 from golden import cases, compare, load, part, read, record
 
 SYSTEM = "pt-dit"
@@ -82,7 +83,11 @@ def test_golden(path: Path) -> None:
     compare(
         {
             "sample": sample,
-            "shift_window_mask": shift_mask((frames, height // patch, width // patch), model.window),
+            "shift_window_mask": shift_mask(
+                (frames, height // patch, width // patch),
+                model.window,
+                tuple(side // 2 for side in model.window),
+            ),
             **{f"block0.{name}": value for name, value in computed.items()},
         },
         expected,

@@ -161,11 +161,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The mask (B or 1, 1, T or 1, T) says which keys count, or is added to the scores."""
         qkv = self.qkv(hidden_states).unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, N, E)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, N, T, E)
         # Called through the module's attribute: that is where attention methods step in.
-        attended = F.scaled_dot_product_attention(query, key, value)  # (B, N, T, E)
+        options = {} if mask is None else {"attn_mask": mask}
+        attended = F.scaled_dot_product_attention(query, key, value, **options)  # (B, N, T, E)
         return self.proj(attended.transpose(1, 2).flatten(2))
 
 

@@ -17,7 +17,6 @@ width, Q proxies, T text tokens of width E.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -42,39 +41,10 @@ from ditkit.models.layers import (
 )
 from ditkit.models.layouts import LAYOUTS, Layout, Settings, State, count, label_rows, shapes_of
 from ditkit.models.routing import ChannelRouting
+from ditkit.models.windows import Grid, from_windows, shift_mask, to_windows
 from ditkit.registry import Paper, register
 
-Grid = tuple[int, int, int]
 _BLOCKED = -10000.0  # what the authors add to a score that must not count
-
-
-def to_windows(tokens: Tensor, window: Grid) -> Tensor:
-    """A grid of tokens (B, f, h, w, D) to windows (B, P, n, D), both row-major over (f, h, w)."""
-    batch, frames, height, width, channels = tokens.shape
-    a, b, c = window
-    split = tokens.reshape(batch, frames // a, a, height // b, b, width // c, c, channels)
-    return split.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(batch, -1, a * b * c, channels)
-
-
-def from_windows(windows: Tensor, window: Grid, grid: Grid) -> Tensor:
-    """The inverse of `to_windows`: (B, P, n, D) to (B, f, h, w, D)."""
-    (a, b, c), (frames, height, width) = window, grid
-    batch, channels = windows.shape[0], windows.shape[-1]
-    split = windows.reshape(batch, frames // a, height // b, width // c, a, b, c, channels)
-    return split.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(batch, frames, height, width, channels)
-
-
-@functools.lru_cache(maxsize=16)
-def shift_mask(grid: Grid, window: Grid) -> Tensor:
-    """Which tokens of a shifted window were not neighbours: -1, else 0; float32 on the CPU, (P, n, n)."""
-    regions = torch.zeros(grid, device="cpu")
-    for axis, (size, side) in enumerate(zip(grid, window, strict=True)):
-        place = torch.arange(size, device="cpu")
-        # Three regions: untouched, the last window's own, and what the shift brought round.
-        region = (place >= size - side).long() + (place >= size - side // 2).long() * (side > 1)
-        regions = regions * 3 + region.reshape([-1 if other == axis else 1 for other in range(3)])
-    ids = to_windows(regions[None, ..., None], window)[0, :, :, 0]  # (P, n)
-    return -(ids[:, :, None] != ids[:, None, :]).float()
 
 
 def pool_proxies(windows: Tensor, window: Grid, proxy: Grid, form: Literal["comb", "cell"]) -> Tensor:
@@ -175,12 +145,13 @@ class _Geometry:
 
     def __init__(self, grid: Grid, window: Grid, proxy: Grid, form: Any, device: torch.device) -> None:
         self.grid, self.window, self.proxy, self.form = grid, window, proxy, form
-        self.mask = shift_mask(grid, window).to(device) * -_BLOCKED  # (P, n, n)
+        self.shift: Grid = tuple(side // 2 for side in window)  # type: ignore[assignment]
+        self.mask = shift_mask(grid, window, self.shift).to(device) * -_BLOCKED  # (P, n, n)
 
     def roll(self, windows: Tensor, direction: int) -> Tensor:
         """The grid moved by half a window and cut into windows again; -1 forth, 1 back."""
         tokens = from_windows(windows, self.window, self.grid)
-        by = tuple(direction * (side // 2) for side in self.window)
+        by = tuple(direction * side for side in self.shift)
         return to_windows(tokens.roll(by, dims=(1, 2, 3)), self.window)
 
 
