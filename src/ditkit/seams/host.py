@@ -13,8 +13,10 @@ import torch
 from diffusers.hooks.hooks import BaseState, StateManager
 from torch import Tensor, nn
 
-from ditkit.seams.anatomy import Anatomy, describe
+from ditkit.seams.anatomy import Anatomy, Seam, describe
 from ditkit.seams.blocks import BlockSeam
+from ditkit.seams.cost import ModelCost
+from ditkit.seams.errors import SeamError
 from ditkit.seams.hooking import Around, Forward, Hooks
 from ditkit.seams.layout import TokenLayout
 from ditkit.seams.stats import Stats, counting
@@ -88,6 +90,7 @@ class Host:
         self._removers: list[Callable[[], None]] = []
         self._notes: list[Callable[[], list[str]]] = []
         self._layouts: dict[Hashable, TokenLayout] = {}
+        self._seen: TokenLayout | None = None
         self._root = _Root(self.around)
         self.blocks = BlockSeam(self)
         self.tokens = TokenSeam(self)
@@ -110,6 +113,28 @@ class Host:
     def notes(self) -> list[str]:
         return [line for notes in self._notes for line in notes()]
 
+    def require(self, *seams: Seam) -> None:
+        """Refuse a method that needs a seam which this class does not have.
+
+        Raises:
+            SeamError: with the class and the reason.
+        """
+        reason = self.anatomy.refuses(*seams)
+        if reason is not None:
+            raise SeamError(
+                f"{type(self.model).__name__} has no {seams[-1]} for a method to work on: {reason}"
+            )
+
+    def text_length(self) -> int:
+        """Text tokens in the joint sequence of the forward that runs; of what cross-attention reads, where
+        the text has attention modules of its own."""
+        return self.anatomy.text_tokens(self.anatomy, self.model, self.arguments)
+
+    def image_rows(self) -> slice:
+        """The image tokens in the joint sequence of the forward that runs, computed or not."""
+        text = self.text_length()
+        return slice(text, None) if self.anatomy.text == "prefix" else slice(0, -text if text else None)
+
     def layout(self) -> TokenLayout:
         """Where text and picture lie in the sequence of the forward that runs.
 
@@ -119,8 +144,13 @@ class Host:
         # Equal shapes can mean another grid in the next generation: FLUX packs 32 x 64 and 64 x 32 alike.
         key = (self.clock.step.generation, self.clock.step.branch, _shapes(self.arguments))
         if key not in self._layouts:
-            self._layouts[key] = self.anatomy.layout(self.model, self.arguments)
+            self._layouts[key] = self._seen = self.anatomy.layout(self.model, self.arguments)
         return self._layouts[key]
+
+    def cost(self) -> ModelCost | None:
+        """What a dense forward of this model takes, by what ran; None before the first one."""
+        generations = max(self.stats.generations, 1)
+        return self.stats.cost(max(round(self.stats.steps / generations), 1), self._seen)
 
     def attach(self, methods: tuple[Method, ...]) -> None:
         # Around the compiled module, so that the clock reads timesteps outside the graph.
