@@ -61,7 +61,7 @@ class TextToVideoTask(FlowMatchingTask):
         self.text_encoder.requires_grad_(options.train_text_encoders)
         coder = self.stage_folder(options.autoencoder)
         self.autoencoder = AutoencoderKLWan.from_pretrained(coder).requires_grad_(False)
-        self.autoencoder.register_to_config(_name_or_path="")  # no folder of a run in what it exports
+        self.autoencoder.register_to_config(_name_or_path="")
         self.transformer = self._transformer()
         self.clips = open_clips(self.run.data, self.run.seed)
         self.frames = max(options.windows.lengths)
@@ -76,7 +76,9 @@ class TextToVideoTask(FlowMatchingTask):
         options, channels = self.options, self.autoencoder.config.z_dim
         if options.start is not None:
             folder = self.stage_folder(options.start) / "transformer"
-            return WanTransformer3DModel.from_pretrained(folder, dtype=torch.float32)
+            transformer = WanTransformer3DModel.from_pretrained(folder, dtype=torch.float32)
+            transformer.register_to_config(_name_or_path="")  # no folder of a run in what it exports
+            return transformer
         transformer = WanTransformer3DModel(
             in_channels=channels,
             out_channels=channels,
