@@ -25,6 +25,8 @@ class Tiny:
         timestep: the name of the timestep argument.
         scale: the timestep argument at full noise.
         tokens: image tokens at size 0.
+        frames_first: a video is (B, F, C, H, W) instead of (B, C, F, H, W).
+        patch_t: frames of a token.
     """
 
     name: str
@@ -33,6 +35,8 @@ class Tiny:
     timestep: str = "timestep"
     scale: float = 1000.0
     tokens: int = 16
+    frames_first: bool = False
+    patch_t: int = 1
 
     def model(self, seed: int = 0) -> nn.Module:
         with torch.random.fork_rng():
@@ -383,7 +387,7 @@ TINY: dict[str, Tiny] = {
         Tiny("DiTTransformer2DModel", _dit, _dit_inputs),
         Tiny("WanTransformer3DModel", _wan, _wan_inputs),
         Tiny("HunyuanVideoTransformer3DModel", _hunyuan_video, _hunyuan_video_inputs),
-        Tiny("CogVideoXTransformer3DModel", _cogvideox, _cogvideox_inputs),
+        Tiny("CogVideoXTransformer3DModel", _cogvideox, _cogvideox_inputs, frames_first=True),
         Tiny("LTXVideoTransformer3DModel", _ltx, _ltx_inputs),
         Tiny("QwenImageTransformer2DModel", _qwen, _qwen_inputs, scale=1.0),
         Tiny("HunyuanDiT2DModel", _hunyuan_dit, _hunyuan_dit_inputs),

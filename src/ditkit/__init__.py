@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ditkit.hub import load
     from ditkit.methods.clear import LocalWindow
     from ditkit.methods.taylorseer import TaylorSeer
+    from ditkit.recipes import Recipe
     from ditkit.seams.apply import Run, apply
     from ditkit.training.trainer import train
 
@@ -23,12 +24,13 @@ _HOMES = {
     "Run": "ditkit.seams.apply",
     "load": "ditkit.hub",
     "bench": "ditkit.analysis.bench",
+    "Recipe": "ditkit.recipes",
     "train": "ditkit.training.trainer",
     "TaylorSeer": "ditkit.methods.taylorseer",
     "LocalWindow": "ditkit.methods.clear",
 }
 
-__all__ = ["LocalWindow", "Run", "TaylorSeer", "__version__", "apply", "bench", "load", "train"]
+__all__ = ["LocalWindow", "Recipe", "Run", "TaylorSeer", "__version__", "apply", "bench", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:

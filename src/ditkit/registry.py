@@ -12,13 +12,13 @@ import importlib
 import pkgutil
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-Kind = Literal["method", "model"]
+Kind = Literal["method", "model", "fitter"]
 
-_HOMES: dict[str, str] = {"method": "ditkit.methods", "model": "ditkit.models"}
+_HOMES: dict[str, str] = {"method": "ditkit.methods", "model": "ditkit.models", "fitter": "ditkit.fitting"}
 _entries: dict[tuple[str, str], Entry] = {}
 _discovered: set[str] = set()
 
@@ -48,6 +48,40 @@ class Paper:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """An option that `tune` may set to one of these values.
+
+    Args:
+        values: what to try; plain values that text can name.
+        when: other options of the same method, and the values at which this one matters.
+    """
+
+    values: tuple[Any, ...]
+    when: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Range:
+    """An option that `tune` may set to a number from `low` to `high`, both included.
+
+    Args:
+        low, high: whole numbers make it a whole number.
+        log: tried evenly on a logarithmic scale.
+        when: see `Choice`.
+    """
+
+    low: float
+    high: float
+    log: bool = False
+    when: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+
+
+Search = Mapping[str, Choice | Range]
+"""What a method's class variable `search` holds: its options that are worth trying, in the order in which
+they are chosen."""
+
+
+@dataclass(frozen=True)
 class Entry:
     """One registered system.
 
@@ -57,6 +91,7 @@ class Entry:
         needs: what it asks for beyond a model (`"nothing"`, `"training"`, `"calibration"`, `"a 2-D grid"`).
         conflicts: names of systems it can't be combined with beyond those that own the same seam.
         neutral: options under which it must change nothing; the contract tests run the system with them.
+        aliases: other names users may write.
     """
 
     kind: Kind
@@ -68,6 +103,7 @@ class Entry:
     needs: tuple[str, ...] = ("nothing",)
     conflicts: tuple[str, ...] = ()
     neutral: dict[str, Any] = dataclasses.field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
 
 
 def register(
@@ -75,17 +111,27 @@ def register(
     name: str,
     *,
     summary: str,
-    paper: Paper,
-    seam: tuple[str, ...],
+    paper: Paper | None = None,
+    seam: tuple[str, ...] = (),
     needs: tuple[str, ...] = ("nothing",),
     conflicts: tuple[str, ...] = (),
     neutral: dict[str, Any] | None = None,
+    aliases: tuple[str, ...] = (),
 ) -> Callable[[T], T]:
-    """Class (or factory) decorator that adds a system to the registry."""
+    """Class (or factory) decorator that adds a system to the registry.
+
+    A fitter has the name of the method it fits, and takes paper, seam and aliases from it.
+    """
 
     def add(target: T) -> T:
+        nonlocal paper, seam, aliases
         if (kind, name) in _entries:
             raise ValueError(f"{kind} {name!r} is registered twice")
+        if kind == "fitter":
+            method = get("method", name)
+            paper, seam, aliases = paper or method.paper, seam or method.seam, aliases or method.aliases
+        if paper is None:
+            raise ValueError(f"{kind} {name!r} names no paper")
         _entries[kind, name] = Entry(
             kind=kind,
             name=name,
@@ -96,6 +142,7 @@ def register(
             needs=needs,
             conflicts=conflicts,
             neutral=dict(neutral or {}),
+            aliases=aliases,
         )
         return target
 
@@ -118,17 +165,23 @@ def entries(kind: Kind) -> dict[str, Entry]:
 
 
 def get(kind: Kind, name: str) -> Entry:
-    """The system of that name.
+    """The system of that name or alias.
 
     Raises:
         UnknownNameError: with the nearest names.
     """
     known = entries(kind)
-    if name in known:
-        return known[name]
+    for entry in known.values():
+        if name == entry.name or name in entry.aliases:
+            return entry
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"There are: {', '.join(known)}."
     raise UnknownNameError(f"unknown {kind} {name!r}. {hint}")
+
+
+def entry_of(system: Any) -> Entry | None:
+    """The entry of an instance of a registered class; None when its class is not registered."""
+    return next((entry for entry in _entries.values() if entry.target is type(system)), None)
 
 
 def options(entry: Entry) -> dict[str, dataclasses.Field[Any]]:
@@ -144,19 +197,43 @@ def parse_method(text: str) -> Any:
         OptionError: unknown option or a value of the wrong type; the valid ones.
     """
     name, _, tail = text.strip().partition(":")
-    entry = get("method", name)
-    fields = options(entry)
-    hints = typing.get_type_hints(entry.target)
-    values: dict[str, Any] = {}
-    for item in filter(None, (part.strip() for part in tail.split(","))):
+    return build("method", name, [part for part in tail.split(",") if part.strip()])
+
+
+def build(kind: Kind, name: str, items: Iterable[str]) -> Any:
+    """Build a system from `"option=value"` texts.
+
+    Raises:
+        UnknownNameError: unknown system; the nearest names.
+        OptionError: unknown option or a value of the wrong type; the valid ones.
+    """
+    get(kind, name)
+    values: dict[str, str] = {}
+    for item in items:
         key, equals, value = (part.strip() for part in item.partition("="))
         if not equals:
-            raise OptionError(f"{name}: {item!r} is not of the form option=value")
+            raise OptionError(f"{name}: {item.strip()!r} is not of the form option=value")
+        values[key] = value
+    return construct(kind, name, values)
+
+
+def construct(kind: Kind, name: str, values: Mapping[str, Any]) -> Any:
+    """Build a system from its options by name; those given as text are read by the option's type.
+
+    Raises:
+        UnknownNameError: unknown system; the nearest names.
+        OptionError: unknown option or a value it does not take; the valid ones.
+    """
+    entry = get(kind, name)
+    fields = options(entry)
+    hints = typing.get_type_hints(entry.target)
+    read: dict[str, Any] = {}
+    for key, value in values.items():
         if key not in fields:
             raise OptionError(f"{name}: no option {key!r}; it has {', '.join(fields) or 'none'}")
-        values[key] = _convert(name, key, value, hints[key])
+        read[key] = _convert(name, key, value, hints[key]) if isinstance(value, str) else value
     try:
-        return entry.target(**values)
+        return entry.target(**read)
     except (TypeError, ValueError) as error:
         raise OptionError(f"{name}: {error}") from error
 

@@ -13,6 +13,7 @@ import ditkit
 import tiny_pipelines
 from ditkit.analysis import bench as module
 from ditkit.analysis import contestants as who
+from ditkit.analysis import peers as others
 from ditkit.analysis.bench import bench
 from ditkit.analysis.sampling import Sampling, sample
 
@@ -173,7 +174,7 @@ def test_a_peer_that_fails_is_a_finding(pipe, monkeypatch) -> None:
     def fail(*_):
         raise RuntimeError("not for this model")
 
-    monkeypatch.setattr(who, "peers", lambda *_: [who.Contestant("other", "peer", fail)])
+    monkeypatch.setattr(others, "at_intervals", lambda *_: [who.Contestant("other", "peer", fail)])
     result = bench(pipe, [MODULE], PROMPTS[:1], sampling=Sampling(4), repeats=1)
     row = next(row for row in result.rows if row.kind == "peer")
     assert row.notes == ["did not run: RuntimeError: not for this model"]

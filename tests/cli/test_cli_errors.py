@@ -46,6 +46,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
         ("generate apple --out apple.txt", "--out apple.txt: the name has to end in .png"),
         ("generate apple --out .", "--out .: the name has to end in .png"),
         ("bench --prompts missing.txt", "--prompts not found: missing.txt"),
+        ("generate apple --recipe missing.yaml", "--recipe not found: missing.yaml"),
+        ("bench --recipe missing.yaml", "--recipe not found: missing.yaml"),
         ("train missing.yaml", "config not found: missing.yaml"),
         ("data emoji --preview sheet.pdf", "--preview sheet.pdf: the name has to end in .png or .webp"),
     ],
@@ -90,6 +92,13 @@ def test_a_place_that_cannot_be_written(ditkit, tmp_path: Path, monkeypatch: pyt
 def test_an_empty_list_of_prompts(ditkit) -> None:
     Path("empty.txt").write_text("\n \n")
     assert "--prompts empty.txt holds no prompt" in one_line_error(ditkit("bench --prompts empty.txt"))
+
+
+def test_a_bad_recipe(ditkit) -> None:
+    Path("recipe.yaml").write_text("methods: [{taylorseer: {intervall: 2}}]")
+    assert "no option 'intervall'" in one_line_error(ditkit("generate apple --recipe recipe.yaml"))
+    Path("recipe.yaml").write_text("methds: []")
+    assert "methds: no such key" in one_line_error(ditkit("generate apple --recipe recipe.yaml"))
 
 
 def test_overrides_of_training(ditkit) -> None:

@@ -73,6 +73,65 @@ def test_bench_writes_three_files(ditkit, folder: Path, tmp_path: Path) -> None:
         assert row["label"].split(":")[0] in result.stdout
 
 
+RECIPE = """
+model: {name: tiny, class: FluxTransformer2DModel}
+methods:
+  - taylorseer: {interval: 3, granularity: last-block}
+settings: {steps: 6, size: [16, 16]}
+"""
+
+
+def test_generate_with_a_recipe(ditkit, folder: Path) -> None:
+    """Steps and size come from the recipe where the command does not say."""
+    Path("recipe.yaml").write_text(RECIPE)
+    line = f"generate apple --model {folder}"
+    assert ditkit(f"{line} --recipe recipe.yaml --out a.png").exit_code == 0
+    told = "--steps 6 --size 16 --with taylorseer:interval=3,granularity=last-block"
+    assert ditkit(f"{line} {told} --out b.png").exit_code == 0
+    Path("fewer.yaml").write_text(RECIPE + "steps: 4\n")
+    assert "3 computed + 1 forecast = 4" in ditkit(f"{line} --recipe fewer.yaml --out c.png").stderr
+    assert ditkit(f"{line} --recipe fewer.yaml --steps 6 --out d.png").exit_code == 0
+    a, b, c, d = (Path(f"{name}.png").read_bytes() for name in "abcd")
+    assert a == b == d
+    assert c != a
+
+
+def test_a_recipe_for_another_model(ditkit, folder: Path, tmp_path: Path) -> None:
+    Path("recipe.yaml").write_text(RECIPE.replace("FluxTransformer2DModel", "WanTransformer3DModel"))
+    for command in ("generate apple", "bench -p apple"):
+        result = ditkit(f"{command} --model {folder} --recipe recipe.yaml --out out/x.png")
+        assert result.exit_code == 2
+        assert "WanTransformer3DModel" in result.stderr
+        assert "FluxTransformer2DModel" in result.stderr
+    assert written(tmp_path) == {"recipe.yaml"}
+
+
+def test_bench_with_a_recipe(ditkit, folder: Path) -> None:
+    Path("recipe.yaml").write_text(RECIPE)
+    line = f"bench --model {folder} --repeats 1 -p apple --recipe recipe.yaml --no-peers --out b"
+    assert ditkit(line).exit_code == 0
+    found = json.loads(Path("b/bench.json").read_text())
+    assert [row["label"] for row in found["rows"]][:2] == [
+        "dense",
+        "taylorseer:interval=3,granularity=last-block",
+    ]
+    assert found["settings"]["steps"] == 6
+    assert found["settings"]["size"] == [16, 16]
+
+
+def test_bench_explains_first(ditkit, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ditkit.seams.cost.LITTLE", 1.2)
+    line = f"bench --model {folder} --steps 6 --size 16 --repeats 1 -p apple --out b --no-peers --no-plain"
+    result = ditkit(f"{line} --explain --with taylorseer:interval=2 --with local-window:radius=2")
+    assert result.exit_code == 0, result.output
+    assert "too little for sparse attention to pay" in " ".join(result.stdout.split())
+    rows = {row["label"]: row for row in json.loads(Path("b/bench.json").read_text())["rows"]}
+    taylor = rows["taylorseer:interval=2"]
+    assert taylor["flops_ratio"] >= 1 / taylor["ceiling"] - 1e-6
+    assert 0 < taylor["predicted"] < 1.5
+    assert rows["dense"]["ceiling"] is None
+
+
 def test_demo(ditkit, folder: Path, tmp_path: Path) -> None:
     """The tiny model's own size would be FLUX's 1024 pixels; the demo takes the model's."""
     result = ditkit(f"demo --model {folder} --steps 5 --repeats 1 --size 16 --out show")

@@ -7,15 +7,11 @@ import torch
 from torch import nn
 
 import ditkit
-from ditkit.seams.anatomy import child, describe, known
+from ditkit.seams.anatomy import child, describe
 from ditkit.seams.errors import SeamError, UnsupportedModelError
 from tiny_models import TINY, Tiny, output
 
 every_class = pytest.mark.parametrize("tiny", TINY.values(), ids=TINY.keys())
-
-
-def test_every_known_class_has_a_tiny_instance() -> None:
-    assert set(known()) == set(TINY)
 
 
 @every_class

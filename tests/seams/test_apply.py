@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from torch import nn
 
 import ditkit
+from ditkit import registry
+from ditkit.methods.clear import LocalWindow
 from ditkit.methods.taylorseer import TaylorSeer
 from ditkit.seams.apply import Host, apply
 from ditkit.seams.errors import ConflictError, UnsupportedModelError
@@ -77,6 +80,22 @@ def test_two_methods_of_one_seam_are_refused_by_name_before_anything_is_hooked()
     ):
         ditkit.apply(model, TaylorSeer(order=2), TaylorSeer(interval=5))
     assert traces(model) == []
+
+
+def test_methods_whose_entries_name_each_other_are_refused_in_either_order(monkeypatch) -> None:
+    entry = registry.get("method", "taylorseer")
+    changed = dataclasses.replace(entry, conflicts=("local-window",))
+    monkeypatch.setitem(registry._entries, ("method", "taylorseer"), changed)
+    for methods in ((TaylorSeer(), LocalWindow(radius=3.0)), (LocalWindow(radius=3.0), TaylorSeer())):
+        with pytest.raises(
+            ConflictError, match=r"TaylorSeer\(\) can't be combined with LocalWindow\(radius=3.0\)"
+        ):
+            ditkit.apply(FLUX.model(), *methods)
+
+
+def test_a_method_is_found_by_the_name_of_its_paper() -> None:
+    assert registry.parse_method("clear:radius=4") == LocalWindow(radius=4.0)
+    assert "clear" not in registry.entries("method")
 
 
 def test_an_attach_that_fails_halfway_leaves_nothing() -> None:

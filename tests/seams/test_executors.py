@@ -220,6 +220,68 @@ def test_log_sum_exp_and_share_of_mass():
     assert q.grad is not None and q.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("keys", ["none", "bool", "float"])
+@pytest.mark.parametrize("grid, tile", [((2, 8, 12), (1, 4, 4)), ((2, 9, 7), (1, 4, 4))])
+@pytest.mark.parametrize("text", TEXTS)
+def test_log_sum_exp_of_the_executors(text, grid, tile, keys):
+    """Lists (also empty ones) and windows: the dense pass under the same mask gives the same two."""
+    layout = TokenLayout(grid, text[1], text[0])
+    tiling = tile_grid(grid, tile)
+    valid = padded_text(layout, keys)
+    mask = None if valid is None else valid[:, None, None]
+    windows = executors.neighbourhoods(grid, tile, (1, 2, 1), lambda f, y, x: (y.abs() <= 2) & (x.abs() <= 1))
+    lists = random_lists((2, 3), len(tiling.order), ragged=True)
+    q, k, v = random_qkv(layout)
+    for plan in (
+        executors.BlockPlan(lists, tiling, layout, "gather"),
+        executors.WindowPlan(windows, layout, "gather"),
+    ):
+        out, lse = plan.attend_with_lse(q, k, v, mask, 0.3)
+        expected = executors.attention_with_lse(q, k, v, executors.combine(plan.mask, mask), 0.3)
+        torch.testing.assert_close(out, expected[0], atol=TOLERANCE, rtol=TOLERANCE)
+        torch.testing.assert_close(lse, expected[1], atol=TOLERANCE, rtol=TOLERANCE)
+        torch.testing.assert_close(out, plan.attend(q, k, v, mask, 0.3), atol=TOLERANCE, rtol=TOLERANCE)
+        assert plan.share == pytest.approx(plan.mask.double().mean().item())
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, lse = plan.attend_with_lse(*inputs, mask, 0.3)
+        torch.testing.assert_close(out, expected[0], atol=TOLERANCE, rtol=TOLERANCE)
+        out.sum().backward()
+        assert all(x.grad.isfinite().all() for x in inputs)
+
+
+def test_a_query_without_keys_gets_zeros_and_minus_infinity():
+    q, k, v = (torch.randn(1, 2, 6, 8) for _ in range(3))
+    allowed = torch.rand(6, 6) < 0.5
+    allowed[2] = False
+    for mask in (allowed, torch.zeros(6, 6).masked_fill(~allowed, float("-inf"))):
+        for run in (executors.attention_with_lse, executors.scores.formula_with_lse):
+            out, lse = run(q, k, v, mask)
+            assert torch.isneginf(lse[..., 2]).all()
+            if run is executors.attention_with_lse:
+                assert (out[..., 2, :] == 0).all() and out.isfinite().all()
+
+
+def test_log_sum_exp_in_parts(monkeypatch):
+    """Few queries at a time give what all at once give."""
+    q, k, v = (torch.randn(1, 2, 20, 8) for _ in range(3))
+    mask = torch.rand(20, 20) < 0.7
+    whole = executors.scores.formula_with_lse(q, k, v, mask)
+    monkeypatch.setattr(executors.scores, "SCORE_BYTES", 4 * 2 * 20 * 3)
+    for one, other in zip(executors.scores.formula_with_lse(q, k, v, mask), whole, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("text, expected", [("4x8x8", (4, 8, 8)), ("8x16", (1, 8, 16))])
+def test_sides(text, expected):
+    assert executors.sides(text) == expected
+
+
+@pytest.mark.parametrize("text", ["8", "8x", "axb", "1x2x3x4", ""])
+def test_bad_sides_are_an_error(text):
+    with pytest.raises(ValueError, match="expected sizes like"):
+        executors.sides(text)
+
+
 def test_log_sum_exp_without_the_kernel():
     """The formula for devices without the CPU kernel gives the same."""
     q, k, v = (torch.randn(1, 2, 20, 8) for _ in range(3))

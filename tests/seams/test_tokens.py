@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 import ditkit
+from ditkit.methods.taylorseer import TaylorSeer
 from ditkit.seams.anatomy import child, describe
 from ditkit.seams.apply import Host
-from ditkit.seams.errors import SeamError
+from ditkit.seams.errors import ConflictError, SeamError
 from ditkit.seams.steps import Step
 from ditkit.seams.tokens import TokenChoice
 from tiny_models import TINY, Tiny, output
@@ -149,3 +150,29 @@ def test_bad_indices_are_refused(indices: Tensor) -> None:
     model = tiny.model()
     with ditkit.apply(model, Chosen(indices)), pytest.raises(SeamError, match="select must give indices"):
         model(**tiny.inputs())
+
+
+def test_a_cache_of_modules_beside_a_choice_of_tokens_is_refused_with_both_names() -> None:
+    model = TINY["FluxTransformer2DModel"].model()
+    with pytest.raises(ConflictError, match=r"TaylorSeer\(\) keeps outputs .*Chosen.* changes the rows"):
+        ditkit.apply(model, TaylorSeer(), Chosen(torch.arange(2)))
+    with pytest.raises(ConflictError, match="granularity='last-block'"):
+        ditkit.apply(model, Chosen(torch.arange(2)), TaylorSeer())
+
+
+@pytest.mark.parametrize("cache_first", [True, False])
+def test_a_cache_of_the_stack_keeps_full_rows_beside_a_choice_of_tokens(cache_first: bool) -> None:
+    tiny = TINY["FluxTransformer2DModel"]
+    model, inputs = tiny.model(), tiny.inputs()
+    some = Chosen(torch.arange(2))
+    with torch.no_grad():
+        with ditkit.apply(model, some):
+            chosen = output(model(**inputs))
+        methods = [TaylorSeer(interval=2, warmup=1, granularity="last-block"), some]
+        with ditkit.apply(model, *(methods if cache_first else methods[::-1])) as run:
+            computed = output(model(**inputs))
+            later = {**inputs, "timestep": inputs["timestep"] / 2}
+            forecast = output(model(**later))
+    assert torch.equal(computed, chosen)
+    assert forecast.shape == chosen.shape and not torch.equal(forecast, chosen)
+    assert run.report().steps_computed == 1

@@ -22,10 +22,13 @@ import torch
 from ditkit import __version__
 from ditkit.analysis import contestants as who
 from ditkit.analysis import metrics
+from ditkit.analysis import peers as others
 from ditkit.analysis.contestants import Contestant
+from ditkit.analysis.explain import Expectation
 from ditkit.analysis.meter import Count, count
 from ditkit.analysis.result import BenchResult, Row
 from ditkit.analysis.sampling import Sample, Sampling, sample
+from ditkit.recipes import Recipe
 
 PROMPTS = (
     "red apple",
@@ -68,12 +71,14 @@ def bench(
     judge: Judge | None = None,
     name: str | None = None,
     progress: Progress | None = None,
+    expected: Sequence[Expectation] = (),
 ) -> BenchResult:
     """Compare ways to sample from one model.
 
     Args:
         model: a diffusers text-to-image pipeline with a transformer, or what `ditkit.load` takes.
-        methods: each a method, text such as `"taylorseer:interval=4"`, or a sequence to apply together.
+        methods: each a method, text such as `"taylorseer:interval=4"`, a sequence to apply together, a
+            recipe, or a `Contestant` of one's own.
         prompts: one picture each.
         sampling: steps, guidance, size and seed; the same noise for every contestant.
         repeats: timed rounds, after one round of counting that also warms up.
@@ -82,6 +87,7 @@ def bench(
         plain: add sampling with as many steps as each method computed.
         judge: gives the prompt accuracy; see `ditkit.analysis.evaluate`.
         name: what the report calls the model; None for what was given, or the pipeline's class.
+        expected: what `ditkit.analysis.explain.explain` said of the methods, to stand beside the figures.
 
     Raises:
         UnknownNameError, OptionError, ValueError, TypeError: before any work, each naming the argument.
@@ -90,13 +96,14 @@ def bench(
         raise ValueError(f"repeats={repeats}: at least 1 is needed")
     if not prompts:
         raise ValueError("prompts is empty; at least one is needed")
-    entered = [who.ours(method) for method in methods]
+    entered = [who.enter(method) for method in methods]
     pipe = _pipeline(model)
     sampling = sampling or Sampling()
     if peers:
         intervals = [n for method in methods for n in _intervals(method)]
-        entered += who.peers(pipe, entered, intervals, sampling)
+        entered += others.at_intervals(pipe, intervals, sampling)
     everyone = [_entrant(contestant, sampling) for contestant in [who.dense(), *entered]]
+    _expect(everyone, expected)
     prompts = list(prompts)
 
     def note(label: str, done: int) -> None:
@@ -130,6 +137,13 @@ def bench(
     )
 
 
+def _expect(everyone: Sequence[_Entrant], expected: Sequence[Expectation]) -> None:
+    said = {expectation.label: expectation for expectation in expected}
+    for row in (entrant.row for entrant in everyone):
+        if row.label in said:
+            row.ceiling, row.predicted = said[row.label].ceiling, said[row.label].time_ratio
+
+
 def _pipeline(model: Any) -> Any:
     if isinstance(model, (str, Path)):
         from ditkit.hub import load
@@ -143,8 +157,11 @@ def _pipeline(model: Any) -> Any:
 
 def _intervals(method: Any) -> list[int]:
     """At which intervals a method computes a step, when it is a cache with an interval."""
-    parts = who.parse(method) if isinstance(method, str) else method
-    together = parts if isinstance(parts, Sequence) else [parts]
+    if isinstance(method, str):
+        method = who.parse(method)
+    elif isinstance(method, Recipe):
+        method = method.build()
+    together = method if isinstance(method, Sequence) else [method]
     return [n for n in (getattr(part, "interval", None) for part in together) if isinstance(n, int) and n > 1]
 
 
@@ -230,6 +247,7 @@ def _fill(entrant: _Entrant, dense: _Entrant, judge: Judge | None, prompts: Sequ
     mine, reference = entrant.samples[0], dense.samples[0]
     if mine.latents is not None and reference.latents is not None:
         row.latent_error = metrics.relative_l2(mine.latents, reference.latents)
+        row.latent_errors = metrics.relative_l2_each(mine.latents, reference.latents)
         row.latent_psnr = metrics.psnr(mine.latents, reference.latents)
     row.picture_error = metrics.relative_l2(mine.pictures, reference.pictures)
     row.picture_psnr = metrics.psnr(mine.pictures, reference.pictures, data_range=1.0)

@@ -29,6 +29,11 @@ def relative_l2(value: Array, reference: Array) -> float:
     return distance / scale
 
 
+def relative_l2_each(value: Array, reference: Array) -> list[float]:
+    """`relative_l2` of each sample, along the first dimension of both."""
+    return [relative_l2(a, b) for a, b in zip(value, reference, strict=True)]
+
+
 def mean_absolute(value: Array, reference: Array) -> float:
     """Mean of `|value - reference|`, in float64."""
     a, b = _pair(value, reference)

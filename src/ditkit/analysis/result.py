@@ -37,6 +37,9 @@ class Row:
         latent_error, latent_psnr: relative L2 distance and PSNR (dB) of the final latents to dense.
         picture_error, picture_psnr: the same of the pictures.
         accuracy: share of pictures that the judge holds for what the prompt names.
+        latent_errors: the error of each prompt's final latents.
+        ceiling: at most so many times fewer FLOPs by the methods' own counts, said before the run.
+        predicted: the time ratio that was predicted before the run.
     """
 
     label: str
@@ -55,6 +58,9 @@ class Row:
     picture_error: float | None = None
     picture_psnr: float | None = None
     accuracy: float | None = None
+    latent_errors: list[float] = field(default_factory=list)
+    ceiling: float | None = None
+    predicted: float | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -91,7 +97,8 @@ class BenchResult:
         writer = csv.DictWriter(text, names, lineterminator="\n")
         writer.writeheader()
         for row in self.as_dict()["rows"]:
-            row["seconds_all"] = " ".join(f"{value:.6g}" for value in row["seconds_all"])
+            for name in ("seconds_all", "latent_errors"):
+                row[name] = " ".join(f"{value:.6g}" for value in row[name])
             row["notes"] = "; ".join(row["notes"])
             writer.writerow(row)
         return write_text(path, text.getvalue())
@@ -184,8 +191,10 @@ COLUMNS = (
     ("steps", steps, 1),
     ("seconds", lambda row: seconds(row.seconds), 1),
     ("time / dense", lambda row: ratio(row.time_ratio), 1),
+    ("predicted", lambda row: ratio(row.predicted), 2),
     ("FLOPs", lambda row: amount(row.flops), 3),
     ("FLOPs / dense", lambda row: ratio(row.flops_ratio), 2),
+    ("at best", lambda row: ratio(row.ceiling and 1 / row.ceiling), 2),
     ("cached", lambda row: size(row.bytes_cached), 2),
     ("peak", lambda row: size(row.bytes_peak), 3),
     ("latent error", lambda row: error(row.latent_error), 1),

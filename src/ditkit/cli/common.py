@@ -71,7 +71,9 @@ def _is_wrong_use(error: Exception) -> bool:
         return True
     # by name, so that refusing a method does not import the seams and the trainer
     names = {kind.__name__ for kind in type(error).__mro__}
-    return bool(names & {"UnsupportedModelError", "ConflictError", "ConfigError", "ConversionError"})
+    return bool(
+        names & {"UnsupportedModelError", "ConflictError", "ConfigError", "ConversionError", "RecipeError"}
+    )
 
 
 def _one_line(error: Exception) -> str:

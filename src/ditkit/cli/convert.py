@@ -11,6 +11,11 @@ import typer
 from ditkit.cli.common import UsageError, bar, console, existing_file, guarded, writable_folder
 
 
+class Origin(str, Enum):
+    authors = "authors"
+    dit = "dit"
+
+
 class Weights(str, Enum):
     ema = "ema"
     model = "model"
@@ -23,21 +28,31 @@ def add_to(app: typer.Typer) -> None:
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="An authors' .pt, .pth or .safetensors file.")],
+    source: Annotated[
+        Path, typer.Argument(help="An authors' .pt, .pth or .safetensors file; with --from dit, a folder.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist yet.")],
     arch: Annotated[
         str | None, typer.Option("--arch", help="Architecture, such as dit-xl/2; else what the file says.")
     ] = None,
+    origin: Annotated[
+        Origin,
+        typer.Option("--from", help="dit: start --arch lit from a trained DiT's folder."),
+    ] = Origin.authors,
     weights: Annotated[
         Weights, typer.Option("--weights", help="Which weights of a training checkpoint.")
     ] = Weights.ema,
 ) -> None:
     """Write an authors' checkpoint as a diffusers folder. Nothing in the file is ever run."""
-    existing_file(source, "checkpoint")
+    if origin is Origin.authors:
+        existing_file(source, "checkpoint")
+    elif arch is None:
+        raise UsageError("--from dit needs --arch: the architecture to start, such as lit")
     if out.exists():
         raise UsageError(f"--out {out} exists already; name a new folder")
     writable_folder(out.parent)
     from ditkit.models.convert import convert as run
+    from ditkit.models.convert import inherit
 
     with bar("MB") as progress:
         task = progress.add_task("converting", total=None)
@@ -45,5 +60,8 @@ def convert(
         def update(stage: str, done: int, total: int) -> None:
             progress.update(task, description=stage, completed=done // 2**20, total=total // 2**20)
 
-        done = run(source, arch, out, weights.value, progress=update)
+        if origin is Origin.authors:
+            done = run(source, arch, out, weights.value, progress=update)
+        else:
+            done = inherit(source, str(arch), out, progress=update)
     console.print(str(done), highlight=False, soft_wrap=True, markup=False)

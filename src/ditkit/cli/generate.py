@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ditkit.cli.common import UsageError, bar, guarded, listed, notices, writable_file
+from ditkit.cli.common import UsageError, bar, existing_file, guarded, listed, notices, writable_file
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -29,6 +29,12 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="Picture i starts from 
 Batch = Annotated[int, typer.Option("--batch", min=1, help="At most so many pictures at a time.")]
 
 
+StepsOfRecipe = Annotated[
+    int | None, typer.Option("--steps", min=1, help="Denoising steps; the recipe's, else 28, if not given.")
+]
+STEPS = 28
+
+
 def add_to(app: typer.Typer) -> None:
     app.command(
         epilog='Example: ditkit generate "red apple" --with taylorseer:interval=4 --seed 7 --out apple.png'
@@ -42,8 +48,14 @@ def generate(
         list[str] | None,
         typer.Option("--with", "-w", help="A method as name:option=value,...; repeat it to combine methods."),
     ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            "--recipe", help="A recipe.yaml that `ditkit tune` wrote; methods of --with come after it."
+        ),
+    ] = None,
     seed: Seed = 0,
-    steps: Steps = 28,
+    steps: StepsOfRecipe = None,
     guidance: Guidance = None,
     size: Size = None,
     batch: Batch = 8,
@@ -63,11 +75,20 @@ def generate(
     from ditkit.analysis import pictures
     from ditkit.analysis.contestants import parse
     from ditkit.analysis.sampling import Sampling, sample
+    from ditkit.recipes import Recipe
 
     methods = [method for text in with_ or () for method in parse(text)]
+    opened = None if recipe is None else Recipe.load(existing_file(recipe, "--recipe"))
+    if opened is not None:
+        methods = [*opened.build(), *methods]
+        told = opened.settings
+        steps = steps or opened.steps or told.steps
+        guidance, pixels = told.guidance if guidance is None else guidance, pixels or told.size
     pipe = load(model)
-    sampling = Sampling(steps, guidance, pixels, seed)
-    with applied(pipe, methods) as run, step_bar(steps * -(-len(prompt) // batch)) as on_step:
+    if opened is not None:
+        opened.check(pipe)
+    sampling = Sampling(steps or STEPS, guidance, pixels, seed)
+    with applied(pipe, methods) as run, step_bar(sampling.steps * -(-len(prompt) // batch)) as on_step:
         drawn = sample(pipe, prompt, sampling, on_step, batch)
         report = run.report() if run is not None else None
     if sheet:

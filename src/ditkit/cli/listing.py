@@ -41,7 +41,7 @@ def _show(kind: str, name: str | None) -> None:
     from ditkit import registry
 
     if name is not None:
-        _detail(registry.get(kind, name))  # pyright: ignore[reportArgumentType]
+        detail(registry.get(kind, name))  # pyright: ignore[reportArgumentType]
         return
     table = Table(kind, "what it does", "paper", "seam", "needs", header_style="bold", pad_edge=False)
     for entry in registry.entries(kind).values():  # pyright: ignore[reportArgumentType]
@@ -50,13 +50,15 @@ def _show(kind: str, name: str | None) -> None:
     console.print(table)
 
 
-def _detail(entry) -> None:
+def detail(entry) -> None:
     from rich.markup import escape
 
     from ditkit import registry
 
     console.print(f"[bold]{entry.name}[/]  {escape(entry.summary)}")
     console.print(f"{escape(entry.paper.title)}, {entry.paper.year}, {entry.paper.url}", highlight=False)
+    if entry.aliases:
+        console.print(f"also called {', '.join(entry.aliases)}", highlight=False)
     console.print(f"seam: {', '.join(entry.seam)}; needs: {', '.join(entry.needs)}", highlight=False)
     if not dataclasses.is_dataclass(entry.target):
         return

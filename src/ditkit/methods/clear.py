@@ -5,8 +5,8 @@ image tokens at (dy, dx) with dy^2 + dx^2 < r^2; a text query reads everything (
 factor d, image queries also read (H/d)(W/d) keys and values pooled over cells of d x d tokens with one
 learned weight for each place in the cell; text queries do not. At resolutions beyond the training size the
 scale is sqrt(log_4608(keys) / c) ("proportional attention") and the rotary base is multiplied by an NTK
-factor. Here it is used without training; the authors' distilled weights load into the model by name,
-`spatial_weight` through the option of that name.
+factor. `ditkit fit clear` distils the attention projections (`weights`); the authors' own distilled weights
+load into the model by name, `spatial_weight` through the option of that name.
 
 Beyond the paper: text may be a suffix, in cross-attention, or absent; the real text length takes the place of
 the authors' constant 512; grids that d does not divide are continued at the border; on video the disc is read
@@ -25,16 +25,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ditkit.registry import Paper, register
-from ditkit.seams import executors
+from ditkit.fitting import artifact
+from ditkit.registry import Choice, Paper, Search, register
+from ditkit.seams import executors, weights
 from ditkit.seams.attention import AttentionCall
 from ditkit.seams.errors import SeamError
 from ditkit.seams.layout import TokenLayout
 
 if TYPE_CHECKING:
     from ditkit.seams.apply import Host
+    from ditkit.seams.cost import ModelCost
 
 # Tokens of the training pictures: 64 x 64 and 512 of text.
 _TRAINED_LENGTH = 64**2 + 512
@@ -42,6 +44,9 @@ _TRAINED_LENGTH = 64**2 + 512
 _POOLED_KEYS = 10
 # Query tile of the gather executor (frames, rows, columns): measured best of 4 x 8 to 16 x 32 on CPU.
 _TILE = (1, 8, 16)
+# End of the authors' key for the pooling weights of an attention module, and the name they have here.
+_TAIL = ".processor.spatial_weight"
+POOLING = "pooling"
 
 
 @register(
@@ -53,6 +58,7 @@ _TILE = (1, 8, 16)
     ),
     seam=("attention",),
     needs=("a token grid",),
+    aliases=("clear",),
     neutral={"radius": math.inf},
 )
 @dataclass(frozen=True)
@@ -72,12 +78,18 @@ class LocalWindow:
         spatial_weight: the pooling weights for each attention module, as a mapping of the authors' key names
             (`transformer_blocks.0.attn.processor.spatial_weight`) to tensors of d x d elements, or the path
             of a safetensors file that has them. None: 1 / d^2, the authors' initial value.
+        weights: folder that `ditkit fit clear` wrote; then an option left at its default is the one the
+            weights were fitted with.
 
     Raises:
         ValueError: an option out of its range.
     """
 
     claims: ClassVar[frozenset[str]] = frozenset({"attention"})
+    search: ClassVar[Search] = {
+        "radius": Choice((2.0, 4.0, 6.0, 8.0, 12.0, 16.0)),
+        "down_factor": Choice((1, 4)),
+    }
 
     radius: float = 8.0
     down_factor: int = 1
@@ -86,6 +98,7 @@ class LocalWindow:
     frame_radius: float = math.inf
     executor: executors.Executor = "auto"
     spatial_weight: Mapping[str, Tensor] | str | None = field(default=None, repr=False)
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         if not self.radius > 0:
@@ -122,46 +135,82 @@ class LocalWindow:
         """FLOPs of one layer's attention as the paper counts them, 4 pairs C: grid in tokens, C channels."""
         return 4 * channels * self.pairs(height, width, text_length, frames)
 
+    def ceiling(self, cost: ModelCost) -> float | None:
+        """At most so many times less work; None where the tokens are no grid."""
+        if cost.grid is None:
+            return None
+        frames, height, width = cost.grid
+        return cost.sparse(self.density(height, width, cost.text_length, frames))
+
     # On a model.
 
-    def strategy(self, weights: Mapping[str, Tensor] | None = None) -> _Window:
+    def strategy(self, cells: Mapping[str, Tensor] | None = None) -> _Window:
         """What acts at the seam, with pooling weights (d, d) by the name of the attention module."""
-        return _Window(self, dict(weights or {}))
+        return _Window(self, dict(cells or {}))
+
+    def static_mask(self, layout: TokenLayout, device: torch.device) -> executors.WindowPlan:
+        """The window on a layout, for methods that work on any mask; without pooled keys and scale."""
+        window = self.strategy()
+        windows = executors.neighbourhoods(layout.grid, _TILE, window.reach(layout), window.near, device)
+        return executors.WindowPlan(windows, layout, self.executor)
 
     def attach(self, host: Host) -> None:
-        strategy = self.strategy(self._weights(host))
+        options, values = self, {}
+        if self.weights is not None:
+            found = artifact.load(self.weights, "local-window")
+            found.check(host.model)
+            options, values = artifact.fitted(self, found), dict(found.tensors)
+        learned = {name: values.pop(name) for name in list(values) if name.endswith(_TAIL)}
+        cells = options._cells(host, self._given() or learned)
+        strategy = options.strategy({name: module.spatial_weight for name, module in cells.items()})
         if self.ntk_factor != 1:
             _scale_rotary_base(host, self.ntk_factor)
         host.attention.use(strategy)
+        for name, module in cells.items():
+            weights.add(host, name, POOLING, module)
+        weights.exchange(host, values)
+        host.stats.holds(lambda: sum(module.spatial_weight.nbytes for module in cells.values()))
         host.note(strategy.notes)
 
-    def _weights(self, host: Host) -> dict[str, Tensor]:
-        """Pooling weights (d, d) by the name of the attention module."""
-        if self.spatial_weight is None:
-            return {}
-        given = self.spatial_weight
-        if isinstance(given, str):
+    def _given(self) -> dict[str, Tensor]:
+        if isinstance(self.spatial_weight, str):
             from safetensors.torch import load_file
 
-            given = load_file(given)
-        tail = ".processor.spatial_weight"
-        found = {name.removesuffix(tail): weight for name, weight in given.items() if name.endswith(tail)}
+            return load_file(self.spatial_weight)
+        return dict(self.spatial_weight or {})
+
+    def _cells(self, host: Host, given: Mapping[str, Tensor]) -> dict[str, Pooling]:
+        """The pooling of each attention module, by the module's name; none at a down factor of 1."""
+        d = self.down_factor
         wanted = [name for name, kind in host.attention.modules() if kind != "cross"]
+        if d == 1:
+            return {}
+        if not given:
+            given = {name + _TAIL: torch.full((d, d), 1 / d**2) for name in wanted}
+        found = {name.removesuffix(_TAIL): weight for name, weight in given.items() if name.endswith(_TAIL)}
         missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
         if missing or unknown:
             raise SeamError(
                 f"spatial_weight does not fit this model: missing for {missing or 'none'}, "
                 f"unknown {unknown or 'none'}; "
-                f"keys must be <attention module>{tail}"
+                f"keys must be <attention module>{_TAIL}"
             )
-        d = self.down_factor
         for name, weight in found.items():
             if weight.numel() != d * d:
                 raise SeamError(
                     f"spatial_weight of {name} has shape {tuple(weight.shape)}; "
                     f"down_factor={d} needs {d * d} elements"
                 )
-        return {name: weight.reshape(d, d) for name, weight in found.items()}
+        device = next(host.model.parameters()).device
+        return {name: Pooling(weight.reshape(d, d).to(device)) for name, weight in found.items()}
+
+
+class Pooling(nn.Module):
+    """The learned weight (d, d) of the places in a cell."""
+
+    def __init__(self, spatial_weight: Tensor) -> None:
+        super().__init__()
+        self.spatial_weight = nn.Parameter(spatial_weight.detach().clone())
 
 
 def _scale_rotary_base(host: Host, factor: float) -> None:

@@ -16,18 +16,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, get_args
 
-import torch
 from torch import Tensor
 
-from ditkit.registry import Paper, register
+from ditkit.registry import Choice, Paper, Range, Search, register
 from ditkit.seams.apply import Host
 from ditkit.seams.blocks import Outputs, StackCache, UnitCache, UnitRef
-from ditkit.seams.extrapolate import Expansion, Trajectory
-from ditkit.seams.steps import Step
+from ditkit.seams.extrapolate import DTYPES, Expansion, FactorDtype, Trajectory
+from ditkit.seams.steps import Coordinate, Step
 
 Granularity = Literal["module", "last-block"]
 Schedule = Literal["dit", "flux", "hunyuan", "wan", "diffusers"]
-FactorDtype = Literal["float32", "bfloat16", "float16", "model"]
 
 # Full steps at the start of a generation (first_enhance in the authors' code; diffusers' default).
 _WARMUP: dict[str, int] = {"dit": 2, "flux": 3, "hunyuan": 1, "wan": 1, "diffusers": 3}
@@ -79,9 +77,18 @@ class TaylorSeer:
     factor_dtype: FactorDtype = "float32"
     expansion: Expansion = "authors"
     reach: float | None = None
-    coordinate: Literal["index", "sigma"] = "index"
+    coordinate: Coordinate = "index"
 
     claims: ClassVar[frozenset[str]] = frozenset({"blocks"})
+    search: ClassVar[Search] = {
+        "interval": Range(2, 10),
+        "granularity": Choice(("last-block", "module")),
+        "order": Choice((0, 1, 2)),
+        "expansion": Choice(("newton", "authors"), when={"order": (2,)}),
+        "reach": Choice((None, 1.0), when={"order": (1, 2)}),
+        "warmup": Range(1, 3),
+        "last_steps": Choice((0, 1)),
+    }
 
     def __post_init__(self) -> None:
         for name, least in (("interval", 1), ("order", 0), ("last_steps", 0)):
@@ -95,9 +102,9 @@ class TaylorSeer:
         choices = {
             "granularity": get_args(Granularity),
             "schedule": get_args(Schedule),
-            "factor_dtype": get_args(FactorDtype),
+            "factor_dtype": tuple(DTYPES),
             "expansion": get_args(Expansion),
-            "coordinate": ("index", "sigma"),
+            "coordinate": get_args(Coordinate),
         }
         for name, known in choices.items():
             if getattr(self, name) not in known:
@@ -125,6 +132,10 @@ class TaylorSeer:
             if self.is_full(index, since) or index >= num_steps - self.last_steps:
                 full.append(index)
         return full
+
+    def computed_steps(self, num_steps: int) -> int:
+        """How many steps a generation of `num_steps` computes."""
+        return len(self.full_steps(num_steps))
 
     def highest_order(self, visit: int) -> int:
         """Highest difference that may be taken at this forward: none during the authors' warm-up, except at
@@ -166,7 +177,7 @@ class _State:
 
     def __init__(self, options: TaylorSeer) -> None:
         self.options = options
-        self._dtype = None if options.factor_dtype == "model" else getattr(torch, options.factor_dtype)
+        self._dtype = DTYPES[options.factor_dtype]
         self._tracks: dict[str, _Track] = {}
         self._full = 0
         self._forecast = 0
@@ -197,8 +208,7 @@ class _State:
         track.order = options.highest_order(track.visits)
         track.visits += 1
         track.since_full = 0 if full else track.since_full + 1
-        in_sigma = options.coordinate == "sigma"
-        track.x = float(step.index) if not in_sigma else step.timestep if step.sigma is None else step.sigma
+        track.x = step.at(options.coordinate)
         self._longest = max(self._longest, track.visits)
         self._full += full
         self._forecast += not full

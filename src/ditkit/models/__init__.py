@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 from ditkit import registry
@@ -21,9 +24,36 @@ def create(name: str, **config: Any) -> Any:
         UnknownNameError: no such architecture; the message lists the nearest ones.
         ValueError: no such variant of it; the message lists the variants.
     """
+    architecture, variant = split(name)
+    return registry.get("model", architecture).target(variant, **config)
+
+
+def split(name: str) -> tuple[str, str | None]:
+    """Architecture and variant of a name: ("dit", "xl/2") of "DiT-XL/2"; an unknown name is left whole."""
     wanted = name.lower()
     # The longest name wins: an architecture's own name may hold a dash and begin with another's.
     known = sorted(registry.entries("model"), key=len, reverse=True)
     architecture = next((k for k in known if wanted == k or wanted.startswith(f"{k}-")), name)
-    entry = registry.get("model", architecture)
-    return entry.target(wanted[len(architecture) + 1 :] or None, **config)
+    return architecture, wanted[len(architecture) + 1 :] or None
+
+
+def load(folder: str | Path, **options: Any) -> Any:
+    """The model of ours in a folder that `save_pretrained` wrote, whatever its class.
+
+    Args:
+        folder: with config.json.
+        **options: of `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ValueError: it names no class of ours.
+    """
+    config = Path(folder) / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"no model folder at {folder}: it has no config.json")
+    name = json.loads(config.read_text()).get("_class_name")
+    for entry in registry.entries("model").values():
+        cls = getattr(sys.modules[entry.target.__module__], str(name), None)
+        if cls is not None:
+            return cls.from_pretrained(folder, **options)
+    raise ValueError(f"{config} names the class {name!r}, which is no architecture of ours")

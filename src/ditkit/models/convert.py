@@ -5,7 +5,6 @@ Nothing is written before every key is known to fit. How files are read: `weight
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from ditkit import registry
 from ditkit.files import whole_file
-from ditkit.models.dit import SIZES, VARIANTS
+from ditkit.models import load, split
+from ditkit.models.layouts import LAYOUTS, Layout
 from ditkit.models.weight_files import ConversionError, listed, read_weights
 
 Progress = Callable[[str, int, int], None]
@@ -70,8 +70,8 @@ def convert(
     Args:
         source: a `.pt` or `.pth` file (a state dict, or the training script's {"model", "ema", ...}) or a
             `.safetensors` file.
-        arch: "dit" or "sit", alone or with a variant ("dit-xl/2"). None: what the file's own options
-            say, else "dit" (both have the same keys). What the name leaves open is read from the shapes.
+        arch: an architecture, alone or with a variant ("dit-xl/2"). None: what the file's own options say,
+            else "dit" (a SiT has the same keys). What the name leaves open is read from the shapes.
         output: a folder that does not exist yet, or is empty.
         weights: which set of a training checkpoint to take.
         config: settings that neither the name nor the shapes tell, e.g. {"num_heads": 8}; they win.
@@ -104,23 +104,80 @@ def convert(
             notes.append(
                 "nothing in the file tells a DiT from a SiT; a DiT was assumed (name the architecture)"
             )
+    layout = LAYOUTS[family]
     settings = {
-        **_infer_dit(state, {**options, **(config or {})}),
-        **(VARIANTS[variant] if variant else {}),
+        **layout.infer(state, {**options, **(config or {})}),
+        **(layout.variants[variant] if variant else {}),
         **(config or {}),
     }
-    _complete(settings, state, notes)
-    model = _fill(family, settings, _copy(state, progress))
+    _complete(layout, settings, state, notes)
+    model = _fill(family, settings, layout.rename(_copy(state, progress)))
     _write(model, output, progress)
     size = sum(value.nbytes for value in model.state_dict().values())
     return Conversion(
         output=output,
-        architecture="-".join(filter(None, (family, _named(settings)))),
+        architecture="-".join(filter(None, (family, _named(layout, settings)))),
         weights=taken,
         config={name: value for name, value in model.config.items() if not name.startswith("_")},
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         bytes=size,
         notes=tuple(notes),
+    )
+
+
+def inherit(
+    source: str | Path,
+    arch: str,
+    output: str | Path,
+    *,
+    config: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Write a model of another architecture that starts from the weights of a trained one.
+
+    Args:
+        source: a folder written by `save_pretrained` or `convert`.
+        arch: the new architecture, such as "lit"; its sizes are the old model's.
+        output: a folder that does not exist yet, or is empty.
+        config: changes to the new model's configuration.
+        progress: called as bytes are written.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        FileExistsError: the output is there already.
+        UnknownNameError: an architecture that does not exist.
+        ConversionError: an architecture that inherits from no such model.
+    """
+    source, output = Path(source), Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} exists already; remove it or choose another output folder")
+    family, variant = split(arch)
+    registry.get("model", family)
+    ways = LAYOUTS[family].inherits if family in LAYOUTS else {}
+    try:
+        old = load(source)
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
+    origin = type(old).__name__.lower()
+    if origin not in ways or variant:
+        raise ConversionError(
+            f"arch={arch!r} can't start from a {type(old).__name__}: give it without a size; "
+            f"{family} starts from {', '.join(sorted(ways)) or 'no other architecture'}"
+        )
+    try:
+        model = ways[origin](old, **(config or {}))
+    except (TypeError, ValueError) as error:
+        raise ConversionError(f"no {family} from {source} with {dict(config or {})}: {error}") from error
+    _write(model, output, progress)
+    settings = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    return Conversion(
+        output=output,
+        architecture="-".join(filter(None, (family, _named(LAYOUTS[family], settings)))),
+        weights="only",
+        config=settings,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        bytes=sum(value.nbytes for value in model.state_dict().values()),
+        notes=(f"what a {family} has in place of the {origin}'s parts starts afresh: train it",),
     )
 
 
@@ -143,15 +200,16 @@ def _architecture(arch: str | None) -> tuple[str | None, str | None]:
     """Family and variant: ("dit", "xl/2") of "dit-xl/2"."""
     if arch is None:
         return None, None
-    family, _, variant = arch.lower().partition("-")
+    family, variant = split(arch)
     registry.get("model", family)
-    if family not in ("dit", "sit"):
+    if family not in LAYOUTS:
         raise ConversionError(
-            f"arch={arch!r}: there is no converter for {family!r}; there are 'dit' and 'sit'"
+            f"arch={arch!r}: there is no converter for {family!r}; there are {', '.join(sorted(LAYOUTS))}"
         )
-    if variant and variant not in VARIANTS:
-        raise ConversionError(f"arch={arch!r}: no variant {variant!r}; there are {', '.join(VARIANTS)}")
-    return family, variant or None
+    variants = LAYOUTS[family].variants
+    if variant and variant not in variants:
+        raise ConversionError(f"arch={arch!r}: no variant {variant!r}; there are {', '.join(variants)}")
+    return family, variant
 
 
 def _from_options(options: Mapping[str, Any]) -> tuple[str | None, str | None]:
@@ -162,67 +220,23 @@ def _from_options(options: Mapping[str, Any]) -> tuple[str | None, str | None]:
         return None, None
 
 
-def _infer_dit(state: Mapping[str, Tensor], options: Mapping[str, Any]) -> dict[str, Any]:
-    """What the shapes of a DiT's tensors tell; whatever is missing is left out and found missing later."""
-    settings: dict[str, Any] = {}
-    shapes = {name: tuple(value.shape) for name, value in state.items()}
-    blocks = {int(part[1]) for part in (name.split(".") for name in shapes) if _is_block(part)}
-    if blocks:
-        # A stray large number is an unexpected key, not a network of that depth.
-        settings["depth"] = max(blocks) + 1 if max(blocks) < 2 * len(blocks) else len(blocks)
-    patches = shapes.get("x_embedder.proj.weight", ())
-    if len(patches) == 4 and all(patches):
-        settings |= {"hidden_size": patches[0], "in_channels": patches[1], "patch_size": patches[2]}
-        head = shapes.get("final_layer.linear.weight", (0,))[0]
-        settings["learn_sigma"] = head == 2 * patches[1] * patches[2] * patches[3]
-        mlp = shapes.get("blocks.0.mlp.fc1.weight", (0,))[0]
-        if mlp:
-            settings["mlp_ratio"] = mlp / patches[0]
-        tokens = shapes.get("pos_embed", ())
-        if len(tokens) == 3 and math.isqrt(tokens[1]) ** 2 == tokens[1]:
-            settings["input_size"] = math.isqrt(tokens[1]) * patches[2]
-    labels = shapes.get("y_embedder.embedding_table.weight", (0,))[0]
-    if labels:
-        without_null = options.get("num_classes") == labels
-        settings |= {"num_classes": labels} if without_null else {"num_classes": labels - 1}
-        settings["class_dropout_prob"] = 0.0 if without_null else 0.1
-    heads = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
-    if settings.get("hidden_size") in heads:
-        settings["num_heads"] = heads[settings["hidden_size"]]
-    return settings
-
-
-def _is_block(parts: list[str]) -> bool:
-    return len(parts) > 2 and parts[0] == "blocks" and parts[1].isdecimal()
-
-
-def _complete(settings: dict[str, Any], state: Mapping[str, Tensor], notes: list[str]) -> None:
+def _complete(
+    layout: Layout, settings: dict[str, Any], state: Mapping[str, Tensor], notes: list[str]
+) -> None:
     """Refuse what can't be told from a state dict, rather than guess it."""
-    for name, why in (
-        ("hidden_size", "there is no x_embedder.proj.weight of four dimensions"),
-        ("depth", "there are no blocks.N.* keys"),
-        ("num_classes", "there is no y_embedder.embedding_table.weight"),
-        (
-            "input_size",
-            "the position table pos_embed is missing or not square: give config={'input_size': (H, W)}",
-        ),
-        (
-            "num_heads",
-            f"a width of {settings.get('hidden_size')} is no named size's: give config={{'num_heads': N}}",
-        ),
-    ):
+    for name, why in layout.needs(settings):
         if name not in settings:
             raise ConversionError(
                 f"{name} can't be told from the checkpoint ({why}); its keys: {listed(state)}"
             )
-    if settings.get("class_dropout_prob", 0.1) > 0:
+    if layout.null_class and settings.get("class_dropout_prob", 0.1) > 0:
         notes.append(f"the last of {settings['num_classes'] + 1} label rows was taken for the null class")
 
 
-def _named(settings: Mapping[str, Any]) -> str | None:
+def _named(layout: Layout, settings: Mapping[str, Any]) -> str | None:
     """The variant with these dimensions."""
-    for name, dimensions in VARIANTS.items():
-        if all(settings[key] == value for key, value in dimensions.items()):
+    for name, dimensions in layout.variants.items():
+        if all(settings.get(key) == value for key, value in dimensions.items()):
             return name
     return None
 

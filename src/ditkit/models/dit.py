@@ -11,30 +11,33 @@ Dimensions: see `layers`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import CacheMixin, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from ditkit.models.guidance import GuidedChannels, guide, guided_channels
+from ditkit.models.base import ClassConditionalModel, both_sides, chosen
 from ditkit.models.layers import (
     Attention,
     FinalLayer,
     LabelEmbedder,
     Mlp,
     PatchEmbed,
+    RoutableBlock,
     TimestepEmbedder,
     modulate,
     sincos_table,
     unpatchify,
 )
+from ditkit.models.layouts import LAYOUTS, Layout, State, dit_needs, infer_dit
+from ditkit.models.routing import ChannelRouting
 from ditkit.registry import Paper, register
 
 
-class DiTBlock(nn.Module):
+class DiTBlock(RoutableBlock):
     """Attention and MLP, each shifted, scaled and gated by the conditioning (adaLN-Zero).
 
     The outputs of `attn` and `mlp` are taken before the gates: that is where feature caches hook.
@@ -48,17 +51,17 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, hidden_states: Tensor, conditioning: Tensor) -> Tensor:
-        """Tokens (B, T, D) and conditioning (B, T or 1, D) to tokens (B, T, D)."""
+    def transform(self, hidden_states: Tensor, conditioning: Tensor, *more: Any) -> Tensor:
+        """Tokens (B, T, D) and conditioning (B, T or 1, D) to tokens (B, T, D); `more` goes to `attn`."""
         modulation = self.adaLN_modulation(conditioning).chunk(6, dim=-1)  # 6 x (B, T or 1, D)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
-        attended = self.attn(modulate(self.norm1(hidden_states), shift_attn, scale_attn))
+        attended = self.attn(modulate(self.norm1(hidden_states), shift_attn, scale_attn), *more)
         hidden_states = hidden_states + gate_attn * attended
         transformed = self.mlp(modulate(self.norm2(hidden_states), shift_mlp, scale_mlp))
         return hidden_states + gate_mlp * transformed
 
 
-class DiT(ModelMixin, ConfigMixin, CacheMixin):
+class DiT(ClassConditionalModel):
     """Class-conditional diffusion transformer.
 
     Args:
@@ -72,12 +75,13 @@ class DiT(ModelMixin, ConfigMixin, CacheMixin):
         class_dropout_prob: how often training drops a label; above 0 there is a null class for guidance.
         num_classes: classes, the null class not counted.
         learn_sigma: whether the network predicts 2 C channels, the second half for a learned variance.
+        routing: options of `routing.ChannelRouting`: blocks see channels chosen by the timestep; None: all.
 
     Raises:
         ValueError: for sizes that do not divide.
     """
 
-    _supports_gradient_checkpointing = True
+    unit_time = False  # times are 0..999, not 0 (noise) to 1 (data)
     _no_split_modules = ["DiTBlock"]
     _repeated_blocks = ["DiTBlock"]
     _skip_layerwise_casting_patterns = ["x_embedder", "pos_embed", "t_embedder", "y_embedder", "norm"]
@@ -95,22 +99,32 @@ class DiT(ModelMixin, ConfigMixin, CacheMixin):
         class_dropout_prob: float = 0.1,
         num_classes: int = 1000,
         learn_sigma: bool = True,
+        routing: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+        self.latent_size = both_sides(input_size)
+        self.side_multiple = patch_size
         self.in_channels = in_channels
         self.out_channels = in_channels * (2 if learn_sigma else 1)
         self.gradient_checkpointing = False
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
-        self.grid = self.x_embedder.grid(height, width)
+        self.grid = self.x_embedder.grid(*self.latent_size)
         rows, columns = self.grid
         # A parameter, though fixed: the authors save it and count it.
         self.pos_embed = nn.Parameter(torch.empty(1, rows * columns, hidden_size), requires_grad=False)
-        self.blocks = nn.ModuleList([DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth)])
+        self.blocks = nn.ModuleList(
+            [self.make_block(hidden_size, num_heads, mlp_ratio) for _ in range(depth)]
+        )
+        self.channel_routing = (
+            None if routing is None else ChannelRouting(hidden_size, unit_time=self.unit_time, **routing)
+        )
         self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
+
+    def make_block(self, width: int, num_heads: int, mlp_ratio: float) -> nn.Module:
+        return DiTBlock(width, num_heads, mlp_ratio)
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -138,10 +152,8 @@ class DiT(ModelMixin, ConfigMixin, CacheMixin):
         force_drop_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Latent (B, C, H, W), times (B,) and labels (B,) to tokens (B, T, D) and conditioning (B, 1, D)."""
-        self._check(hidden_states, timestep, class_labels)
-        if class_labels is None:
-            null = self.y_embedder.null_label
-            class_labels = torch.full_like(timestep, null, dtype=torch.long)
+        self.check(hidden_states, timestep, class_labels)
+        class_labels = self.labels(class_labels, len(hidden_states))
         grid = self.x_embedder.grid(*hidden_states.shape[-2:])
         tokens = self.x_embedder(hidden_states) + self.positions(grid)  # (B, T, D)
         time = self.t_embedder(timestep, dtype=tokens.dtype)  # (B, D)
@@ -149,16 +161,33 @@ class DiT(ModelMixin, ConfigMixin, CacheMixin):
         return tokens, conditioning.unsqueeze(1)
 
     def run_blocks(
-        self, tokens: Tensor, conditioning: Tensor, start: int = 0, stop: int | None = None
+        self,
+        tokens: Tensor,
+        conditioning: Tensor,
+        start: int = 0,
+        stop: int | None = None,
+        timestep: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Blocks `start` to `stop` (not included; None is the end) over tokens (B, T, D)."""
+        """Blocks `start` to `stop` (not included; None is the end) over tokens (B, T, D).
+
+        Raises:
+            ValueError: no `timestep` (B,) for a model whose blocks need it (routing), or no `grid` (R, S)
+                where they need it and it is not the configured one.
+        """
+        gates = self.gates(tokens, timestep, grid)
         for block in self.blocks[start:stop]:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                checkpoint: Any = self._gradient_checkpointing_func  # set by enable_gradient_checkpointing
-                tokens = checkpoint(block, tokens, conditioning)
-            else:
-                tokens = block(tokens, conditioning)
+            tokens = self.run(block, tokens, conditioning, *gates)
         return tokens
+
+    def gates(self, tokens: Tensor, timestep: Tensor | None, grid: tuple[int, int] | None) -> tuple[Any, ...]:
+        """What the blocks get beyond tokens and conditioning: the mask (B, 1, D) of a routed model."""
+        if self.channel_routing is None:
+            return ()
+        if timestep is None:
+            raise ValueError("this model is routed by the timestep: give run_blocks its timestep=(B,)")
+        mask = self.channel_routing(timestep, dtype=tokens.dtype)
+        return () if mask is None else (mask,)
 
     def head(self, tokens: Tensor, conditioning: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens (B, R S, D) of a grid (R, S) to the prediction (B, C_out, H, W)."""
@@ -191,60 +220,16 @@ class DiT(ModelMixin, ConfigMixin, CacheMixin):
         if timestep.ndim == 0:
             timestep = timestep.expand(hidden_states.shape[0])
         tokens, conditioning = self.embed(hidden_states, timestep, class_labels, force_drop_ids)
-        tokens = self.run_blocks(tokens, conditioning)
-        sample = self.head(tokens, conditioning, self.x_embedder.grid(*hidden_states.shape[-2:]))
+        grid = self.x_embedder.grid(*hidden_states.shape[-2:])
+        tokens = self.run_blocks(tokens, conditioning, timestep=timestep, grid=grid)
+        sample = self.head(tokens, conditioning, grid)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
-
-    def forward_with_cfg(
-        self,
-        hidden_states: Tensor,
-        timestep: Tensor,
-        class_labels: Tensor,
-        guidance_scale: float,
-        guidance_channels: GuidedChannels = 3,
-    ) -> Tensor:
-        """The guided prediction of a batch whose second half holds the null labels.
-
-        Args:
-            hidden_states: (B, C, H, W); the second half is ignored, the first one is used for both.
-            timestep: times, (B,).
-            class_labels: (B,), labels then null labels.
-            guidance_scale: 1 is no guidance.
-            guidance_channels: how many leading channels are guided, 3 as the authors, or "all" (of C).
-
-        Returns:
-            (B, C_out, H, W); both halves hold the guided channels, the others are each half's own.
-
-        Raises:
-            ValueError: for an odd batch or a number of channels that the model does not have.
-        """
-        if hidden_states.shape[0] % 2:
-            raise ValueError(
-                f"guidance needs labels and null labels in equal number: batch {hidden_states.shape[0]}"
-            )
-        channels = guided_channels(guidance_channels, self.in_channels)
-        first_half = hidden_states[: hidden_states.shape[0] // 2]
-        both = torch.cat([first_half, first_half])
-        (prediction,) = self(both, timestep, class_labels, return_dict=False)
-        conditional, unconditional = prediction.chunk(2)
-        return torch.cat(guide(conditional, unconditional, guidance_scale, channels))
-
-    def _check(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor | None) -> None:
-        if hidden_states.ndim != 4 or hidden_states.shape[1] != self.in_channels:
-            raise ValueError(
-                f"hidden_states has shape {tuple(hidden_states.shape)}; "
-                f"expected (B, {self.in_channels}, H, W)"
-            )
-        for name, tensor in (("timestep", timestep), ("class_labels", class_labels)):
-            if tensor is not None and tensor.shape != hidden_states.shape[:1]:
-                raise ValueError(
-                    f"{name} has shape {tuple(tensor.shape)}; expected one for each of the "
-                    f"{hidden_states.shape[0]} samples"
-                )
 
 
 class SiT(DiT):
     """The same network for interpolants: times in [0, 1], variance channels computed but dropped."""
+
+    unit_time = True
 
     def head(self, tokens: Tensor, conditioning: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens (B, R S, D) to the prediction (B, C, H, W)."""
@@ -264,12 +249,9 @@ VARIANTS: dict[str, dict[str, int]] = {
 }
 
 
-def _variant(name: str | None) -> dict[str, int]:
-    if name is None:
-        return {}
-    if name not in VARIANTS:
-        raise ValueError(f"no variant {name!r}; there are {', '.join(VARIANTS)}")
-    return VARIANTS[name]
+def infer(state: State, options: Mapping[str, Any]) -> dict[str, Any]:
+    """What the shapes of a checkpoint tell."""
+    return infer_dit(state, options, {size["hidden_size"]: size["num_heads"] for size in SIZES.values()})
 
 
 @register(
@@ -281,7 +263,7 @@ def _variant(name: str | None) -> dict[str, int]:
 )
 def dit(variant: str | None = None, **config: Any) -> DiT:
     """A fresh DiT of a named variant ("xl/2"; None: the defaults), with changes to its config."""
-    return DiT(**{**_variant(variant), **config})
+    return DiT(**{**chosen(VARIANTS, variant), **config})
 
 
 @register(
@@ -297,4 +279,7 @@ def dit(variant: str | None = None, **config: Any) -> DiT:
 )
 def sit(variant: str | None = None, **config: Any) -> SiT:
     """A fresh SiT of a named variant ("xl/2"; None: the defaults), with changes to its config."""
-    return SiT(**{**_variant(variant), **config})
+    return SiT(**{**chosen(VARIANTS, variant), **config})
+
+
+LAYOUTS["dit"] = LAYOUTS["sit"] = Layout(infer=infer, needs=dit_needs, variants=VARIANTS)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,17 +97,18 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(self.features(timestep, self.frequencies).to(dtype))
 
 
-class LabelEmbedder(nn.Module):
-    """Class embeddings with the labels dropped at random in training: (B,) -> (B, D).
+class LabelDropout(nn.Module):
+    """Labels dropped at random in training; with `dropout > 0` there is a null class for "no label"."""
 
-    With `dropout > 0` the table has one row more, the null class, which stands for "no label".
-    """
-
-    def __init__(self, num_classes: int, width: int, dropout: float) -> None:
+    def __init__(self, num_classes: int, dropout: float) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.dropout = dropout
-        self.embedding_table = nn.Embedding(num_classes + (dropout > 0), width)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that a table of classes needs, the null class included."""
+        return self.num_classes + (self.dropout > 0)
 
     @property
     def null_label(self) -> int:
@@ -130,6 +132,14 @@ class LabelEmbedder(nn.Module):
             dropped = torch.rand(labels.shape, device=labels.device) < self.dropout
             return torch.where(dropped, self.null_label, labels)
         return labels
+
+
+class LabelEmbedder(LabelDropout):
+    """Class embeddings, (B,) -> (B, D); the null class is the table's last row."""
+
+    def __init__(self, num_classes: int, width: int, dropout: float) -> None:
+        super().__init__(num_classes, dropout)
+        self.embedding_table = nn.Embedding(self.num_rows, width)
 
     def forward(self, labels: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
         return self.embedding_table(self.drop(labels, force_drop_ids))
@@ -165,6 +175,25 @@ class Mlp(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(hidden_states)))
+
+
+class RoutableBlock(nn.Module):
+    """A residual block that may read a masked stream: `block(m x) + (1 - m) x`.
+
+    A subclass defines `transform(hidden_states, conditioning, *more)`, the block itself. The mask is part of
+    the block, so that what replaces a block's output replaces all of it.
+    """
+
+    def transform(self, hidden_states: Tensor, conditioning: Tensor, *more: Any) -> Tensor:
+        raise NotImplementedError
+
+    def forward(
+        self, hidden_states: Tensor, conditioning: Tensor, mask: Tensor | None = None, *more: Any
+    ) -> Tensor:
+        """Tokens (B, T, D), conditioning (B, T or 1, D) and mask (B, T or 1, D) or None -> (B, T, D)."""
+        if mask is None:
+            return self.transform(hidden_states, conditioning, *more)
+        return self.transform(hidden_states * mask, conditioning, *more) + (1 - mask) * hidden_states
 
 
 class FinalLayer(nn.Module):

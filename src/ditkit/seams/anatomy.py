@@ -1,6 +1,6 @@
 """What differs between transformer classes, written down once: the vocabulary and the look-up.
 
-The facts themselves, one entry per class, are in `facts.py`. Nothing here imports a model class; an entry is
+The facts themselves, one entry per class, are in `facts/`. Nothing here imports a model class; an entry is
 found by the name of the class or of one of its bases, so subclasses of a known class are covered.
 
 B batch, L image tokens, T text tokens, C width.
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,8 @@ from ditkit.seams.errors import SeamError, UnsupportedModelError
 from ditkit.seams.layout import TextPlace, TokenLayout
 
 AttentionKind = Literal["self", "joint", "cross"]
+View = Literal["all", "frame", "time"]
+Seam = Literal["blocks", "units", "tokens", "attention"]
 Arguments = Mapping[str, Any]
 
 
@@ -62,10 +65,14 @@ class Stack:
 
     Args:
         path: of the ModuleList inside the model.
+        arguments: names of the block's leading positional arguments, in order; first the hidden states.
         units: what a cache may replace inside each block; units that a block lacks are passed over.
         attention: the attention modules of each block.
         returns: what a block returns, in order.
-        arguments: names of the block's leading positional arguments, in order.
+        joint: text and image are one sequence when they enter the block; otherwise the hidden states are
+            image tokens only and text, where there is any, is an argument of its own.
+        view: which tokens see each other: `"all"`; those of a `"frame"`, with the frames in the batch
+            dimension; or one place through `"time"`, with the places in the batch dimension.
         token_rows: block arguments with a row for each image token (rotary tables, masks, per-token
             modulation), and how to select rows from them.
         per_token: argument -> is it modulation for each token apart? Then norms can't be bypassed by
@@ -73,12 +80,20 @@ class Stack:
     """
 
     path: str
-    units: tuple[Unit, ...]
-    attention: tuple[Attention, ...]
-    returns: tuple[Literal["hidden_states", "encoder_hidden_states"], ...]
     arguments: tuple[str, ...]
-    token_rows: Mapping[str, Rows]
-    per_token: Mapping[str, Callable[[Any], bool]]
+    units: tuple[Unit, ...] = ()
+    attention: tuple[Attention, ...] = ()
+    returns: tuple[str, ...] = ("hidden_states",)
+    joint: bool = False
+    view: View = "all"
+    token_rows: Mapping[str, Rows] = field(default_factory=dict)
+    per_token: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
+
+
+def _text_tokens(anatomy: Anatomy, model: nn.Module, arguments: Arguments) -> int:
+    """All text states that were passed, padding included."""
+    states = [arguments[name] for name in anatomy.encoder if arguments.get(name) is not None]
+    return sum(int(state.shape[1]) for state in states)
 
 
 @dataclass(frozen=True)
@@ -90,24 +105,38 @@ class Anatomy:
         stacks: the block lists in the order in which they run.
         text: where text stands in the attention sequence.
         grid: arguments of the model's forward, by name -> (F, H, W) in tokens.
+        interleaved: the stacks run in turns, a block of each, instead of one after the other.
         sample: name of the forward's noisy input.
         encoder: names of the forward's text states, each (B, T, C), joined along T in the model.
         text_mask: names of the forward's (B, T) masks of valid text tokens, joined the same way.
+        text_tokens: (these facts, model, arguments) -> T of the joint sequence, where it is not the length of
+            the text states.
         timestep: name of the forward's timestep argument.
         falling_time: timesteps fall during a generation (diffusers), so that a rise tells a new one.
-        no_tokens: why the blocks can't run on a subset of tokens, by a check of the model; None: they can.
+        unfit: seam -> why no method can use it on this class.
+        no_blocks: why the stack of this model can't be skipped, by a check of it; None: it can.
+        no_tokens: why the blocks can't run on a subset of tokens, by a check of the model and of a call;
+            None: they can.
     """
 
     name: str
     stacks: tuple[Stack, ...]
     text: TextPlace
     grid: Callable[[nn.Module, Arguments], tuple[int, int, int]]
+    interleaved: bool = False
     sample: str = "hidden_states"
     encoder: tuple[str, ...] = ("encoder_hidden_states",)
     text_mask: tuple[str, ...] = ()
+    text_tokens: Callable[[Anatomy, nn.Module, Arguments], int] = _text_tokens
     timestep: str = "timestep"
     falling_time: bool = True
+    unfit: Mapping[Seam, str] = field(default_factory=dict)
+    no_blocks: Callable[[nn.Module], str | None] = lambda model: None
     no_tokens: Callable[[nn.Module, Arguments], str | None] = lambda model, arguments: None
+
+    def refuses(self, *seams: Seam) -> str | None:
+        """Why a method can't use these seams of this class; None when it can."""
+        return next((self.unfit[seam] for seam in seams if seam in self.unfit), None)
 
     def layout(self, model: nn.Module, arguments: Arguments) -> TokenLayout:
         """Where text and picture lie in the attention sequence of a forward with these arguments.
@@ -117,15 +146,17 @@ class Anatomy:
         """
         states = [arguments[name] for name in self.encoder if arguments.get(name) is not None]
         masks = [arguments[name] for name in self.text_mask if arguments.get(name) is not None]
+        length = self.text_tokens(self, model, arguments)
         complete = bool(masks) and len(masks) == len(states) and all(mask.ndim == 2 for mask in masks)
+        complete = complete and sum(mask.shape[1] for mask in masks) == length
         layout = TokenLayout(
             grid=self.grid(model, arguments),
-            text_length=sum(int(state.shape[1]) for state in states),
+            text_length=length,
             text=self.text,
             text_mask=torch.cat([mask.bool() for mask in masks], dim=1) if complete else None,
         )
         sample = arguments[self.sample]
-        if sample.ndim == 3 and sample.shape[1] != layout.image_length:
+        if isinstance(sample, Tensor) and sample.ndim == 3 and sample.shape[1] != layout.image_length:
             frames, height, width = layout.grid
             raise SeamError(
                 f"{self.name}: {sample.shape[1]} image tokens are not one {frames} x {height} x {width} "
@@ -135,11 +166,13 @@ class Anatomy:
 
     def blocks(self, model: nn.Module) -> list[tuple[Stack, int, nn.Module]]:
         """Every block in running order: its stack, its index in the stack and the module."""
-        return [
-            (stack, index, block)
+        stacks = [
+            [(stack, index, block) for index, block in enumerate(model.get_submodule(stack.path).children())]
             for stack in self.stacks
-            for index, block in enumerate(model.get_submodule(stack.path).children())
         ]
+        if self.interleaved:
+            return [block for turn in itertools.zip_longest(*stacks) for block in turn if block is not None]
+        return [block for stack in stacks for block in stack]
 
 
 def child(block: nn.Module, path: str) -> nn.Module | None:
@@ -164,19 +197,29 @@ def known() -> dict[str, Anatomy]:
     return FACTS
 
 
+def unsupported() -> dict[str, str]:
+    """Class name -> why no method runs on it, for the transformer classes of diffusers without facts."""
+    from ditkit.seams.facts import UNSUPPORTED
+
+    return UNSUPPORTED
+
+
 def describe(model: nn.Module) -> Anatomy:
     """The facts on a model's class.
 
     Raises:
-        UnsupportedModelError: with the class name, the nearest known ones and what to do.
+        UnsupportedModelError: with the class name and the reason; for a class that nobody has looked at, the
+            nearest known ones and what to do.
     """
-    facts = known()
+    facts, refused = known(), unsupported()
+    name = type(model).__name__
     for cls in type(model).__mro__:
         if cls.__name__ in facts:
             return facts[cls.__name__]
-    name = type(model).__name__
+        if cls.__name__ in refused:
+            raise UnsupportedModelError(f"{name} is not supported: {refused[cls.__name__]}")
     near = difflib.get_close_matches(name, facts, n=3, cutoff=0.5) or sorted(facts)
     raise UnsupportedModelError(
         f"no anatomy is known for {name}. Nearest known: {', '.join(near)}. "
-        "To add a class, write its entry in ditkit/seams/facts.py; a subclass of a known class needs none."
+        "To add a class, write its entry in ditkit/seams/facts/; a subclass of a known class needs none."
     )

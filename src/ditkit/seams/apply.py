@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import itertools
+import os
+import warnings
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ditkit import registry
 from ditkit.seams.anatomy import describe
+from ditkit.seams.cost import ceiling, words
 from ditkit.seams.errors import ConflictError, UnsupportedModelError
-from ditkit.seams.host import Host, Method, inside
+from ditkit.seams.host import Host, Method, describe_method, inside
 from ditkit.seams.stats import Report, combine
+
+if TYPE_CHECKING:
+    from ditkit.recipes import Recipe
 
 __all__ = ["Host", "Method", "Run", "apply", "describe_method"]
 
@@ -40,7 +47,25 @@ class Run:
         if self._last is not None:
             return self._last
         notes = list(dict.fromkeys(note for host in self.hosts for note in host.notes()))
-        return combine([host.stats for host in self.hosts], [describe_method(m) for m in self.methods], notes)
+        report = combine(
+            [host.stats for host in self.hosts], [describe_method(m) for m in self.methods], notes
+        )
+        self._add_ceilings(report)
+        return report
+
+    def _add_ceilings(self, report: Report) -> None:
+        """What each method can save at most on the model that took most."""
+        costs = [found for found in (host.cost() for host in self.hosts) if found is not None]
+        if not costs:
+            return
+        cost = max(costs, key=lambda found: found.whole)
+        for method in self.methods:
+            most = ceiling(method, cost)
+            if most is not None:
+                report.ceilings[describe_method(method)] = most
+        little = words(cost)
+        if little is not None and any("attention" in method.claims for method in self.methods):
+            report.notes.append(little[0].upper() + little[1:] + ".")
 
     def restart(self) -> None:
         """The next forward starts a new generation. Only a loop of one's own over a bare transformer ever
@@ -65,13 +90,24 @@ class Run:
         self.remove()
 
 
-def apply(target: Any, *methods: Method, count_flops: bool = True) -> Run:
+def apply(
+    target: Any,
+    *methods: Method,
+    recipe: Recipe | str | os.PathLike[str] | None = None,
+    count_flops: bool = True,
+) -> Run:
     """Put methods on a diffusers pipeline or a transformer.
+
+    The order in which they are named does not matter. A cache decides first whether a step is computed; of a
+    computed step a token method chooses the tokens that run; their attention runs sparse; weights may be
+    quantized underneath. Each seam has one owner.
 
     Args:
         target: a `DiffusionPipeline` (each of its transformers is hooked) or a transformer of a class that
             `ditkit.seams.anatomy` knows.
         methods: e.g. `TaylorSeer(interval=4)`.
+        recipe: a recipe or its file, see `ditkit.recipes`; its methods come before `methods`. When it sets a
+            number of steps, that is left to the caller and a warning says so.
         count_flops: run the first forward of each kind under torch's FLOP counter, which slows it down.
 
     Returns:
@@ -79,9 +115,12 @@ def apply(target: Any, *methods: Method, count_flops: bool = True) -> Run:
 
     Raises:
         UnsupportedModelError: no transformer of a known class.
-        ConflictError: two methods claim one seam, or the model carries methods already. Nothing is hooked
-            then.
+        ConflictError: two methods claim one seam or can't work together, or the model carries methods
+            already. Nothing stays hooked then.
+        RecipeError: the recipe is for another class of model.
     """
+    if recipe is not None:
+        methods = (*_from_recipe(recipe, target), *methods)
     _check(methods)
     models = _models(target)
     for name, model in models:
@@ -106,16 +145,18 @@ def apply(target: Any, *methods: Method, count_flops: bool = True) -> Run:
     return run
 
 
-def describe_method(method: Method) -> str:
-    """The method's class with the options that are not the default, e.g. `TaylorSeer(interval=3)`."""
-    if not dataclasses.is_dataclass(method):
-        return repr(method)
-    changed = [
-        f"{option.name}={getattr(method, option.name)!r}"
-        for option in dataclasses.fields(method)
-        if option.repr and getattr(method, option.name) != option.default
-    ]
-    return f"{type(method).__name__}({', '.join(changed)})"
+def _from_recipe(recipe: Recipe | str | os.PathLike[str], target: Any) -> tuple[Method, ...]:
+    from ditkit.recipes import opened
+
+    opened_recipe = opened(recipe)
+    opened_recipe.check(target)
+    if opened_recipe.steps is not None:
+        warnings.warn(
+            f"the recipe was measured with {opened_recipe.steps} denoising steps, which apply() can't set: "
+            f"call the pipeline with num_inference_steps={opened_recipe.steps}",
+            stacklevel=3,
+        )
+    return opened_recipe.build()
 
 
 def _check(methods: tuple[Method, ...]) -> None:
@@ -132,6 +173,13 @@ def _check(methods: tuple[Method, ...]) -> None:
                     "seam; apply only one of them"
                 )
             owner[seam] = method
+    for one, other in itertools.permutations(methods, 2):
+        first, second = registry.entry_of(one), registry.entry_of(other)
+        if first is not None and second is not None and second.name in first.conflicts:
+            raise ConflictError(
+                f"{describe_method(one)} can't be combined with {describe_method(other)}; "
+                "apply only one of them"
+            )
 
 
 def _models(target: Any) -> list[tuple[str, nn.Module]]:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.seams import executors  # noqa: F401  (they take the original function: import before it is replaced)
-from ditkit.seams.anatomy import child
+from ditkit.seams.anatomy import View, child, describe
 from ditkit.seams.errors import SeamError
 from ditkit.seams.layout import TokenLayout
 from ditkit.seams.stats import attention_flops, stands_for
@@ -41,7 +41,11 @@ _PLANS_KEPT = 8
 
 
 class AttentionStrategy(Protocol):
-    """What a method puts in place of dense attention."""
+    """What a method puts in place of dense attention.
+
+    A strategy whose work depends on the step may have a method `begin(step: Step)` too: it is called at the
+    start of each forward, outside compiled code.
+    """
 
     def plan(self, layout: TokenLayout, heads: int, device: torch.device) -> Any:
         """The static part (permutations, masks, lists), made once for each layout, before the blocks run.
@@ -103,18 +107,21 @@ class AttentionCall:
         name: path of the module in the model.
         kind: `"joint"`: text and image in one sequence; `"self"`: image tokens only; `"cross"`: image reads
             text.
+        view: which tokens see each other: all, those of one frame, or one place through time.
     """
 
     layer: int
     name: str
     kind: Kind
     seam: AttentionSeam
+    view: View = "all"
     served: int = 0
 
     @property
     def layout(self) -> TokenLayout:
-        """The layout of this module's sequence: without text where the module sees image tokens only."""
-        return _seen_by(self.kind, self.seam.layout)
+        """The layout of this module's sequence: without text where the module sees image tokens only, one
+        frame or one place where it sees no more than that."""
+        return _seen_by(self.kind, self.view, self.seam.layout)
 
     @property
     def step(self) -> Step:
@@ -132,7 +139,10 @@ class AttentionCall:
             self.seam.host.stats.attended(share)
 
 
-def _seen_by(kind: Kind, layout: TokenLayout) -> TokenLayout:
+def _seen_by(kind: Kind, view: View, layout: TokenLayout) -> TokenLayout:
+    if view != "all":
+        frames, height, width = layout.grid
+        layout = dataclasses.replace(layout, grid=(1, height, width) if view == "frame" else (frames, 1, 1))
     if kind == "self" and layout.joint_text_length:
         return dataclasses.replace(layout, text="none", text_length=0, text_mask=None)
     return layout
@@ -182,11 +192,14 @@ def _dispatcher(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
                 scale=scale,
                 enable_gqa=enable_gqa,
             )
-        if dropout_p or is_causal or enable_gqa:
+        if dropout_p or is_causal:
             raise SeamError(
-                f"{call.name}: attention with dropout, a causal mask or grouped heads can't be replaced "
-                f"(dropout_p={dropout_p}, is_causal={is_causal}, enable_gqa={enable_gqa})"
+                f"{call.name}: attention with dropout or a causal mask can't be replaced "
+                f"(dropout_p={dropout_p}, is_causal={is_causal})"
             )
+        if enable_gqa:
+            groups = query.shape[-3] // key.shape[-3]
+            key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
         _current.call = None  # what the strategy itself calls is the original
         try:
             return call.seam.attend(query, key, value, attn_mask, scale, call, layout)
@@ -224,7 +237,7 @@ class AttentionSeam:
         self.strategy: AttentionStrategy | None = None
         self.states: dict[Any, dict[Any, Any]] = {}
         self.counts: Counter[str] = Counter()  # calls: self, joint, cross, other; eager runs only
-        self._kinds: set[tuple[Kind, int]] = set()
+        self._kinds: set[tuple[Kind, View, int]] = set()
         self._running = _Layout()
         self._recent: dict[Any, TokenLayout] = {}  # by length, for blocks that run again in the backward pass
         self._plans: dict[Any, Any] = {}
@@ -243,13 +256,14 @@ class AttentionSeam:
         Raises:
             SeamError: there is a strategy already, or the model does not use scaled_dot_product_attention.
         """
+        self.host.require("attention")
         if self.strategy is not None:
             raise SeamError(f"{self.host.name} has an attention strategy already: {self.strategy!r}")
         calls = self._calls()
         for call, module in calls:
             _check_backend(call, module)
         self._kinds = {
-            (call.kind, int(getattr(module, "heads", 0) or getattr(module, "num_heads", 0)))
+            (call.kind, call.view, int(getattr(module, "heads", 0) or getattr(module, "num_heads", 0)))
             for call, module in calls
             if call.kind != "cross"
         }
@@ -278,13 +292,16 @@ class AttentionSeam:
         if self.strategy is None:
             return
         layout = self.host.layout()
+        begin = getattr(self.strategy, "begin", None)
+        if begin is not None:
+            begin(self.host.clock.step)
         self._running.value, self._grid = layout, layout.grid
-        for kind in ("joint", "self"):
-            self._recent[kind, _seen_by(kind, layout).length] = layout
         device = self.host.arguments[self.host.anatomy.sample].device
-        for kind, heads in self._kinds:
+        for kind, view, heads in self._kinds:
+            seen = _seen_by(kind, view, layout)
+            self._recent[kind, view, seen.length] = layout
             if heads:
-                self._plan(_seen_by(kind, layout), heads, device)
+                self._plan(seen, heads, device)
 
     def end(self) -> None:
         """The forward is over, or was given up."""
@@ -297,8 +314,8 @@ class AttentionSeam:
             return None
         # Outside the model's forward a block runs again, in the backward pass of gradient checkpointing: the
         # latest layout of that length is the one it ran with.
-        layout = self._running.value or self._recent.get((call.kind, query.shape[-2]))
-        length = None if layout is None else _seen_by(call.kind, layout).length
+        layout = self._running.value or self._recent.get((call.kind, call.view, query.shape[-2]))
+        length = None if layout is None else _seen_by(call.kind, call.view, layout).length
         if layout is None or query.shape[-2] != length or key.shape[-2] != length:
             self._count("other")
             return None
@@ -319,7 +336,7 @@ class AttentionSeam:
         outer = self._running.value
         self._running.value = layout
         try:
-            plan = self._plan(_seen_by(call.kind, layout), q.shape[1], q.device)
+            plan = self._plan(_seen_by(call.kind, call.view, layout), q.shape[1], q.device)
             if torch.compiler.is_compiling():
                 return self.strategy.attend(q, k, v, mask, scale, call, plan)
             call.served += 1
@@ -349,19 +366,27 @@ class AttentionSeam:
 
     def _calls(self) -> list[tuple[AttentionCall, nn.Module]]:
         """Every attention module of the blocks with its call object, in running order."""
-        names = {module: name for name, module in self.host.model.named_modules()}
         calls, layer = [], 0
-        for stack, _, block in self.host.anatomy.blocks(self.host.model):
-            for attention in stack.attention:
-                module = child(block, attention.module)
-                if module is None:
-                    continue
-                own = attention.kind != "cross"
-                calls.append(
-                    (AttentionCall(layer if own else -1, names[module], attention.kind, self), module)
-                )
-                layer += own
+        for name, kind, view, module in _attentions(self.host.model):
+            own = kind != "cross"
+            calls.append((AttentionCall(layer if own else -1, name, kind, self, view), module))
+            layer += own
         return calls
+
+
+def attention_modules(model: nn.Module) -> list[tuple[str, Kind, nn.Module]]:
+    """Path, kind and module of every attention of the blocks of a model, in running order."""
+    return [(name, kind, module) for name, kind, _, module in _attentions(model)]
+
+
+def _attentions(model: nn.Module) -> list[tuple[str, Kind, View, nn.Module]]:
+    names = {module: name for name, module in model.named_modules()}
+    return [
+        (names[module], attention.kind, stack.view, module)
+        for stack, _, block in describe(model).blocks(model)
+        for attention in stack.attention
+        if (module := child(block, attention.module)) is not None
+    ]
 
 
 def _named(call: AttentionCall, module: nn.Module) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ditkit.seams.anatomy import Stack, child
 from ditkit.seams.errors import ConflictError, SeamError
 from ditkit.seams.hooking import Forward
+from ditkit.seams.layout import splice
 from ditkit.seams.steps import Step
 
 if TYPE_CHECKING:
@@ -38,8 +39,9 @@ class StackCache:
         block `after - 1`; None when `after` is 0, since the answer is then needed before the embedding."""
         raise NotImplementedError
 
-    def store(self, step: Step, hidden_states: Tensor) -> None:
-        """Take the output (B, L, C) of the last block, image tokens only, that a full forward computed."""
+    def store(self, step: Step, hidden_states: Tensor) -> Tensor | None:
+        """Take the output (B, L, C) of the last block, image tokens only, that a full forward computed. A
+        tensor given back goes on in its place."""
         raise NotImplementedError
 
     def recall(self, step: Step, hidden_states: Tensor) -> Tensor:
@@ -111,8 +113,14 @@ class BlockSeam:
 
         Raises:
             ConflictError: another cache owns the blocks.
-            SeamError: `cache.after` is not in 0 .. depth - 1.
+            SeamError: `cache.after` is not in 0 .. depth - 1, or this class does not allow it.
         """
+        self._host.require("blocks")
+        reason = self._host.anatomy.no_blocks(self._host.model)
+        if reason is not None:
+            raise SeamError(
+                f"the blocks of {type(self._host.model).__name__} can't be skipped here: {reason}"
+            )
         self._claim()
         if not 0 <= cache.after < self.depth:
             raise SeamError(f"after must be 0 to {self.depth - 1} for this model; got {cache.after}")
@@ -127,9 +135,18 @@ class BlockSeam:
 
         Raises:
             ConflictError: another cache owns the blocks.
-            SeamError: feed-forward chunking is on, which calls a unit several times in a forward.
+            ConflictError: a method chooses tokens, so that the rows of a unit's output change.
+            SeamError: feed-forward chunking is on, which calls a unit several times in a forward, or this
+                class does not allow it.
         """
+        self._host.require("blocks", "units")
         self._claim()
+        if self._host.tokens.owner is not None:
+            raise ConflictError(
+                f"{self._host.attaching} keeps outputs of modules row by row, but {self._host.tokens.owner} "
+                "changes the rows from step to step. Use a cache of the whole stack "
+                "(granularity='last-block')"
+            )
         self._refuse_chunks()
         self._unit_cache = cache
         self._store, self._recall = torch.compiler.disable(cache.store), torch.compiler.disable(cache.recall)
@@ -176,17 +193,28 @@ class BlockSeam:
             return forward(*args, **kwargs)
         step = self._host.clock.step
         if place == cache.after > 0:
-            self._skipping = self._skips(step, _argument(stack, "hidden_states", args, kwargs))
+            hidden = _argument(stack, "hidden_states", args, kwargs)
+            self._skipping = self._skips(step, hidden[:, self._image(stack)])
         last = place == self.depth - 1
         if self._skipping and place >= cache.after:
             hidden = _argument(stack, "hidden_states", args, kwargs)
             if last:
-                hidden = self._recall(step, hidden)
+                hidden = self._recalled(step, stack, hidden)
             return _returned(stack, hidden, args, kwargs)
         output = forward(*args, **kwargs)
-        if last:
-            self._store(step, _hidden(stack, output))
-        return output
+        if not last:
+            return output
+        hidden, image = _hidden(stack, output), self._image(stack)
+        instead = self._store(step, hidden[:, image])
+        return output if instead is None else _exchanged(stack, output, splice(hidden, image, instead))
+
+    def _image(self, stack: Stack) -> slice:
+        """The image tokens in what a block of this stack works on."""
+        return self._host.image_rows() if stack.joint else slice(None)
+
+    def _recalled(self, step: Step, stack: Stack, hidden: Tensor) -> Tensor:
+        image = self._image(stack)
+        return splice(hidden, image, self._recall(step, hidden[:, image]))
 
     # Replacing units.
 
@@ -226,7 +254,7 @@ class BlockSeam:
         """Hand on no tokens at all to what is not going to be read: (B, L, C) -> (B, 0, C)."""
         if not self._open or not all(self._replaced[index] for index in readers):
             return forward(*args, **kwargs)
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = args[0] if args else next(iter(kwargs.values()))
         if self._per_token[place]:
             # Modulation with a row for each token can't be broadcast to no token: keep the length.
             return hidden
@@ -291,9 +319,20 @@ def _hidden(stack: Stack, output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[stack.returns.index("hidden_states")]
 
 
+def _exchanged(stack: Stack, output: Any, hidden: Tensor) -> Any:
+    """A block's output with other image tokens."""
+    if isinstance(output, Tensor):
+        return hidden
+    return tuple(
+        hidden if name == "hidden_states" else value
+        for name, value in zip(stack.returns, output, strict=True)
+    )
+
+
 def _returned(stack: Stack, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a block returns that leaves everything but `hidden` as it is."""
     if len(stack.returns) == 1:
         return hidden
-    text = _argument(stack, "encoder_hidden_states", args, kwargs)
-    return tuple(hidden if name == "hidden_states" else text for name in stack.returns)
+    return tuple(
+        hidden if name == "hidden_states" else _argument(stack, name, args, kwargs) for name in stack.returns
+    )

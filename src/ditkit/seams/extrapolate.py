@@ -12,6 +12,13 @@ import torch
 from torch import Tensor
 
 Expansion = Literal["authors", "newton"]
+FactorDtype = Literal["float32", "bfloat16", "float16", "model"]
+DTYPES: dict[FactorDtype, torch.dtype | None] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "model": None,
+}
 
 
 class Trajectory:

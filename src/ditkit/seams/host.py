@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import time
@@ -12,13 +13,17 @@ import torch
 from diffusers.hooks.hooks import BaseState, StateManager
 from torch import Tensor, nn
 
-from ditkit.seams.anatomy import Anatomy, describe
+from ditkit.seams.anatomy import Anatomy, Seam, describe
 from ditkit.seams.blocks import BlockSeam
+from ditkit.seams.cost import ModelCost
+from ditkit.seams.errors import SeamError
 from ditkit.seams.hooking import Around, Forward, Hooks
 from ditkit.seams.layout import TokenLayout
 from ditkit.seams.stats import Stats, counting
 from ditkit.seams.steps import StepClock
 from ditkit.seams.tokens import TokenSeam
+
+_OUTWARDS = ("attention", "tokens", "blocks")
 
 
 @runtime_checkable
@@ -64,6 +69,7 @@ class Host:
         entry: what is called from outside: the model, or the compiled module around it.
         running: True inside a forward of the model.
         arguments: of the forward that runs, by name.
+        attaching: the method that is being attached, in words.
     """
 
     def __init__(
@@ -78,11 +84,13 @@ class Host:
         self.hooks = Hooks(model)
         self.clock = StepClock(model, self.anatomy, pipeline)
         self.running = False
+        self.attaching = ""
         self.arguments: dict[str, Any] = {}
         self._signature = inspect.signature(type(model).forward)
         self._removers: list[Callable[[], None]] = []
         self._notes: list[Callable[[], list[str]]] = []
         self._layouts: dict[Hashable, TokenLayout] = {}
+        self._seen: TokenLayout | None = None
         self._root = _Root(self.around)
         self.blocks = BlockSeam(self)
         self.tokens = TokenSeam(self)
@@ -105,6 +113,28 @@ class Host:
     def notes(self) -> list[str]:
         return [line for notes in self._notes for line in notes()]
 
+    def require(self, *seams: Seam) -> None:
+        """Refuse a method that needs a seam which this class does not have.
+
+        Raises:
+            SeamError: with the class and the reason.
+        """
+        reason = self.anatomy.refuses(*seams)
+        if reason is not None:
+            raise SeamError(
+                f"{type(self.model).__name__} has no {seams[-1]} for a method to work on: {reason}"
+            )
+
+    def text_length(self) -> int:
+        """Text tokens in the joint sequence of the forward that runs; of what cross-attention reads, where
+        the text has attention modules of its own."""
+        return self.anatomy.text_tokens(self.anatomy, self.model, self.arguments)
+
+    def image_rows(self) -> slice:
+        """The image tokens in the joint sequence of the forward that runs, computed or not."""
+        text = self.text_length()
+        return slice(text, None) if self.anatomy.text == "prefix" else slice(0, -text if text else None)
+
     def layout(self) -> TokenLayout:
         """Where text and picture lie in the sequence of the forward that runs.
 
@@ -114,8 +144,13 @@ class Host:
         # Equal shapes can mean another grid in the next generation: FLUX packs 32 x 64 and 64 x 32 alike.
         key = (self.clock.step.generation, self.clock.step.branch, _shapes(self.arguments))
         if key not in self._layouts:
-            self._layouts[key] = self.anatomy.layout(self.model, self.arguments)
+            self._layouts[key] = self._seen = self.anatomy.layout(self.model, self.arguments)
         return self._layouts[key]
+
+    def cost(self) -> ModelCost | None:
+        """What a dense forward of this model takes, by what ran; None before the first one."""
+        generations = max(self.stats.generations, 1)
+        return self.stats.cost(max(round(self.stats.steps / generations), 1), self._seen)
 
     def attach(self, methods: tuple[Method, ...]) -> None:
         # Around the compiled module, so that the clock reads timesteps outside the graph.
@@ -123,9 +158,8 @@ class Host:
         self.clock.attach()
         self.clock.on_schedule(self._stay)
         self.clock.on_reset(self._layouts.clear)
-        # A module whose output is replaced makes no attention call: what watches for one has to lie inside,
-        # and hooks put on first lie inside. The order in which methods are named must not matter.
-        for method in sorted(methods, key=lambda method: "attention" not in method.claims):
+        for method in sorted(methods, key=_depth):
+            self.attaching = describe_method(method)
             method.attach(self)
 
     def remove(self) -> None:
@@ -200,6 +234,24 @@ class Host:
             output = forward(*args, **kwargs)
         self.stats.kinds[shapes, self._kind()] = count
         return output
+
+
+def describe_method(method: Method) -> str:
+    """The method's class with the options that are not the default, e.g. `TaylorSeer(interval=3)`."""
+    if not dataclasses.is_dataclass(method):
+        return repr(method)
+    changed = [
+        f"{option.name}={getattr(method, option.name)!r}"
+        for option in dataclasses.fields(method)
+        if option.repr and getattr(method, option.name) != option.default
+    ]
+    return f"{type(method).__name__}({', '.join(changed)})"
+
+
+def _depth(method: Method) -> int:
+    """How far outside its hooks lie. Those put on first lie inside: attention, around it the choice of
+    tokens, around that the caches, which decide whether any of it runs."""
+    return max((_OUTWARDS.index(seam) for seam in method.claims if seam in _OUTWARDS), default=-1)
 
 
 def inside(module: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 TextPlace = Literal["prefix", "suffix", "cross", "none"]
@@ -76,3 +77,12 @@ class TokenLayout:
         """The joint text tokens inside that sequence (empty for cross and none)."""
         start = self.image_length if self.text == "suffix" else 0
         return slice(start, start + self.joint_text_length)
+
+
+def splice(sequence: Tensor, image: slice, tokens: Tensor) -> Tensor:
+    """The sequence (B, T + L, C) with other image tokens (B, K, C) in place of its own at `image`."""
+    length = sequence.shape[1]
+    start, stop, _ = image.indices(length)
+    if stop - start == length:
+        return tokens
+    return torch.cat([sequence[:, :start], tokens, sequence[:, stop:]], dim=1)

@@ -13,13 +13,17 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from ditkit.seams.cost import ModelCost
+from ditkit.seams.layout import TokenLayout
+
 
 @dataclass
 class Count:
-    """FLOPs of one forward: as it ran, and what replaced attention calls would have cost dense."""
+    """FLOPs of one forward: as it ran, as it would have with dense attention, and that attention's alone."""
 
     flops: int = 0
     dense: int = 0
+    attention: int = 0
 
 
 @dataclass
@@ -29,9 +33,13 @@ class _Open:
     mode: FlopCounterMode
     unseen: int = 0
     spared: int = 0
+    attention_elsewhere: int = 0
 
     def total(self) -> int:
         return int(self.mode.get_total_flops()) + self.unseen
+
+    def attention(self) -> int:
+        return attention_of(self.mode)
 
 
 _counting: ContextVar[_Open | None] = ContextVar("ditkit_counting", default=None)
@@ -50,6 +58,12 @@ def flop_counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=dict(_ON_CPU))
 
 
+def attention_of(mode: FlopCounterMode) -> int:
+    """What a counter saw of attention: its kernels, and products of batches, which only attention makes."""
+    seen = mode.get_flop_counts().get("Global", {})
+    return sum(flops for op, flops in seen.items() if "attention" in str(op) or str(op).endswith("bmm"))
+
+
 def unseen(flops: int) -> None:
     """Tell the counter of work that it can't see, e.g. a compiled kernel. Does nothing when none counts."""
     current = _counting.get()
@@ -64,9 +78,10 @@ def stands_for(dense_flops: int) -> Iterator[None]:
     if current is None:
         yield
         return
-    before = current.total()
+    before, attention = current.total(), current.attention()
     yield
     current.spared += dense_flops - (current.total() - before)
+    current.attention_elsewhere += dense_flops - (current.attention() - attention)
 
 
 def attention_flops(query: torch.Size, key: torch.Size, value: torch.Size) -> int:
@@ -88,6 +103,7 @@ def counting() -> Iterator[Count]:
         _counting.reset(token)
     count.flops = current.total()
     count.dense = count.flops + current.spared
+    count.attention = current.attention() + current.attention_elsewhere
 
 
 @dataclass
@@ -111,9 +127,12 @@ class Stats:
     dense_kind: dict[Hashable, Hashable] = field(default_factory=dict)
     densities: list[tuple[float, int]] = field(default_factory=list)
     modes: list[Callable[[], Hashable]] = field(default_factory=list)
+    computed_at: list[int] = field(default_factory=list)
+    series: dict[str, dict[int, float]] = field(default_factory=dict)
     _holders: list[Callable[[], int]] = field(default_factory=list)
-    _step: Hashable = None
+    _step: tuple[int, int] | None = None
     _step_computed: bool = False
+    _series_of: int = -1
 
     def holds(self, size: Callable[[], int]) -> None:
         """Register a function that tells how many bytes a method holds right now."""
@@ -124,18 +143,29 @@ class Stats:
         if self._holders:
             self.bytes_cached = max(self.bytes_cached, sum(size() for size in self._holders))
 
+    def record(self, name: str, generation: int, index: int, value: float) -> None:
+        """Note a figure of a step that a method decided by; those of the last generation are kept."""
+        if generation != self._series_of:
+            self._series_of, self.series = generation, {}
+        self.series.setdefault(name, {})[index] = value
+
     def attended(self, density: float, calls: int = 1) -> None:
         """Note that attention calls computed this share of their query-key pairs, 0 to 1."""
         self.densities.append((density, calls))
 
-    def forward(self, step: Hashable, branch: str, computed: bool, shapes: Hashable, kind: Hashable) -> None:
-        """Note one finished forward; `step` names the step it belongs to, `kind` how it ran."""
+    def forward(
+        self, step: tuple[int, int], branch: str, computed: bool, shapes: Hashable, kind: Hashable
+    ) -> None:
+        """Note one finished forward; `step` is its generation and index, `kind` tells how it ran."""
         if step != self._step:
+            if self._step is None or step[0] != self._step[0]:
+                self.computed_at = []
             self._step, self._step_computed = step, False
             self.steps += 1
         if computed and not self._step_computed:
             self._step_computed = True
             self.steps_computed += 1
+            self.computed_at.append(step[1])
         self.branches.setdefault(branch, Counter())["computed" if computed else "forecast"] += 1
         self.forwards[shapes, kind] += 1
         if computed:
@@ -157,6 +187,27 @@ class Stats:
             dense += number * (reference or self.kinds[shapes, kind]).dense
         return ran, dense
 
+    def cost(self, steps: int, layout: TokenLayout | None = None) -> ModelCost | None:
+        """What a dense forward takes, by what was counted; None when no full one was.
+
+        What a skipped forward took stands for what lies outside of the blocks.
+        """
+        full = [(key[0], self.kinds[key]) for key in self.dense_kind.items() if key in self.kinds]
+        if not full:
+            return None
+        shapes, most = max(full, key=lambda pair: pair[1].dense)
+        rest = [
+            count.flops for key, count in self.kinds.items() if key[0] == shapes and count.flops < most.flops
+        ]
+        return ModelCost(
+            steps,
+            most.dense,
+            most.attention,
+            min(rest, default=0),
+            grid=None if layout is None else layout.grid,
+            text_length=0 if layout is None else layout.joint_text_length,
+        )
+
 
 @dataclass
 class Report:
@@ -172,6 +223,10 @@ class Report:
         seconds: wall time inside the transformer's forward.
         density: mean share of query-key pairs that replaced attention calls computed; None without any.
         notes: plain words, e.g. why a method could not help here.
+        computed_at: indices of the steps that the last generation computed.
+        series: figures by which a method decided in the last generation: name -> step index -> value.
+        ceilings: method -> at most so many times fewer FLOPs, by its own counts for this model, size and
+            number of steps; `ditkit.seams.cost` has the formulas.
     """
 
     methods: list[str]
@@ -186,6 +241,9 @@ class Report:
     seconds: float
     density: float | None
     notes: list[str]
+    computed_at: list[int] = field(default_factory=list)
+    series: dict[str, dict[int, float]] = field(default_factory=dict)
+    ceilings: dict[str, float] = field(default_factory=dict)
 
     @property
     def flops_saved(self) -> float | None:
@@ -207,6 +265,7 @@ class Report:
         if self.flops is not None and self.flops_dense:
             ratio = self.flops_dense / max(self.flops, 1)
             rows.append(("FLOPs", f"{self.flops:.3e} of {self.flops_dense:.3e} dense ({ratio:.2f}x fewer)"))
+        rows += [("ceiling", f"{most:.2f}x fewer with {name}") for name, most in self.ceilings.items()]
         rows.append(("cached", f"{self.bytes_cached / 2**20:.2f} MiB at most"))
         rows.append(("seconds", f"{self.seconds:.3f} in the transformer"))
         if self.density is not None:
@@ -257,4 +316,6 @@ def combine(stats: list[Stats], methods: list[str], notes: list[str]) -> Report:
         seconds=sum(one.seconds for one in stats),
         density=sum(density * number for density, number in densities) / calls if calls else None,
         notes=notes,
+        computed_at=sorted({index for one in stats for index in one.computed_at}),
+        series={name: values for one in stats for name, values in one.series.items()},
     )

@@ -9,7 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from ditkit.seams.anatomy import Anatomy
 from ditkit.seams.errors import SeamError
 from ditkit.seams.watch import unwatch, watch
+
+Coordinate = Literal["index", "sigma"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,18 @@ class Step:
     branch: str
     generation: int
     sigma: float | None = None
+
+    def at(self, coordinate: Coordinate) -> float:
+        """Where the step lies: its index, or its noise level, for which the timestep stands in where the
+        scheduler has none."""
+        if coordinate == "index":
+            return float(self.index)
+        return self.timestep if self.sigma is None else self.sigma
+
+    @property
+    def is_last(self) -> bool:
+        """Is it known to be the last one of its generation?"""
+        return self.num_steps is not None and self.index >= self.num_steps - 1
 
 
 class StepClock:

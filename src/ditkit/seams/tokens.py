@@ -13,6 +13,7 @@ from torch import Tensor
 from ditkit.seams.anatomy import Stack
 from ditkit.seams.errors import ConflictError, SeamError
 from ditkit.seams.hooking import Forward
+from ditkit.seams.layout import splice
 from ditkit.seams.steps import Step
 
 if TYPE_CHECKING:
@@ -37,15 +38,19 @@ class TokenSeam:
     """The sequence of image tokens of one model. At most one choice owns it.
 
     Text tokens stay as they are. Rotary rows, masks and per-token modulation follow the tokens.
+
+    Attributes:
+        owner: the method that chooses, in words; None without one.
     """
 
     def __init__(self, host: Host) -> None:
         self._host = host
         self._blocks = host.anatomy.blocks(host.model)
         self._choice: TokenChoice | None = None
+        self.owner: str | None = None
         self._indices: Tensor | None = None
         self._entered: Tensor | None = None
-        self._rows: dict[tuple[str, int], tuple[Any, Any]] = {}
+        self._rows: dict[tuple[str, int, int], tuple[Any, Any]] = {}
 
     def choose(self, choice: TokenChoice) -> None:
         """Let a method choose the tokens of each forward.
@@ -56,8 +61,9 @@ class TokenSeam:
         """
         if self._choice is not None:
             raise ConflictError("the tokens of this model already belong to a method; only one can own them")
+        self._host.require("tokens")
         self._refuse({})
-        self._choice = choice
+        self._choice, self.owner = choice, self._host.attaching or repr(choice)
         for place, (stack, _, block) in enumerate(self._blocks):
 
             def around(
@@ -96,20 +102,24 @@ class TokenSeam:
         named = {**dict(zip(stack.arguments, args, strict=False)), **kwargs}
         rest = args[len(stack.arguments) :]
         first = stack.arguments[0]
+        image = self._host.image_rows() if stack.joint else slice(None)
         if place == 0:
-            self._enter(choice, named[first])
+            self._enter(choice, named[first][:, image])
             if self._indices is not None:
-                named[first] = named[first].index_select(1, self._indices)
+                kept = named[first][:, image].index_select(1, self._indices)
+                named[first] = splice(named[first], image, kept)
         if self._indices is None:
             return forward(*args, **kwargs)
         text = named.get("encoder_hidden_states")
         length = text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else 0
+        if stack.joint:
+            length = self._host.text_length()
         for name, rows in stack.token_rows.items():
             if named.get(name) is not None:
                 named[name] = self._select(name, rows, named[name], length)
         leading = tuple(named.pop(name) for name in stack.arguments[: len(args)])
         output = forward(*leading, *rest, **named)
-        return self._leave(stack, output) if place == len(self._blocks) - 1 else output
+        return self._leave(stack, image, output) if place == len(self._blocks) - 1 else output
 
     def _enter(self, choice: TokenChoice, hidden: Tensor) -> None:
         indices = choice.select(self._host.clock.step, hidden)
@@ -124,20 +134,22 @@ class TokenSeam:
     def _select(self, name: str, rows: Any, value: Any, text: int) -> Any:
         """Rows of an argument; all blocks get the same object, so the selection is made once for each."""
         assert self._indices is not None
-        known = self._rows.get((name, id(value)))
+        known = self._rows.get((name, id(rows), id(value)))
         if known is None:
             known = (value, rows(value, self._indices, text))
-            self._rows[name, id(value)] = known
+            self._rows[name, id(rows), id(value)] = known
         return known[1]
 
-    def _leave(self, stack: Stack, output: Any) -> Any:
+    def _leave(self, stack: Stack, image: slice, output: Any) -> Any:
         assert self._choice is not None and self._indices is not None and self._entered is not None
-        place = stack.returns.index("hidden_states")
-        kept = output if isinstance(output, Tensor) else output[place]
+        place = 0 if isinstance(output, Tensor) else stack.returns.index("hidden_states")
+        sequence = output if isinstance(output, Tensor) else output[place]
+        kept = sequence[:, image]
         if len(self._indices) == self._entered.shape[1]:
             full = torch.empty_like(kept).index_copy_(1, self._indices, kept)
         else:
             full = self._choice.fill(self._host.clock.step, self._entered).index_copy(1, self._indices, kept)
+        full = splice(sequence, image, full)
         if isinstance(output, Tensor):
             return full
         return tuple(full if at == place else other for at, other in enumerate(output))

@@ -9,21 +9,39 @@
 
 from __future__ import annotations
 
-from ditkit.seams.executors.blocks import BlockLists, Tiling, dense_mask, density, tile_grid
+from ditkit.seams.executors.blocks import (
+    BlockLists,
+    Tiling,
+    dense_mask,
+    density,
+    sides,
+    sides_option,
+    tile_grid,
+)
 from ditkit.seams.executors.dense import combine, is_key_mask, key_mask, masked_dense
 from ditkit.seams.executors.flex import FlexPlan, FlexTable, flex_blocks, flex_table, plan_blocks, plan_table
-from ditkit.seams.executors.gather import gather_blocks
+from ditkit.seams.executors.gather import gather_blocks, gather_blocks_with_lse
+from ditkit.seams.executors.opaque import attend_map
 from ditkit.seams.executors.plan import (
     DENSE_ABOVE,
     DENSE_BELOW,
     BlockPlan,
     Choice,
     Executor,
+    StaticMask,
+    WindowPlan,
     choose,
+    in_words,
     needs_gradients_on_cpu,
 )
 from ditkit.seams.executors.scores import attention_with_lse, pooled_scores, pooled_tiles
-from ditkit.seams.executors.windows import Windows, gather_windows, neighbourhoods, places
+from ditkit.seams.executors.windows import (
+    Windows,
+    gather_windows,
+    gather_windows_with_lse,
+    neighbourhoods,
+    places,
+)
 
 __all__ = [
     "DENSE_ABOVE",
@@ -34,8 +52,11 @@ __all__ = [
     "Executor",
     "FlexPlan",
     "FlexTable",
+    "StaticMask",
     "Tiling",
+    "WindowPlan",
     "Windows",
+    "attend_map",
     "attention_with_lse",
     "choose",
     "combine",
@@ -44,7 +65,10 @@ __all__ = [
     "flex_blocks",
     "flex_table",
     "gather_blocks",
+    "gather_blocks_with_lse",
     "gather_windows",
+    "gather_windows_with_lse",
+    "in_words",
     "is_key_mask",
     "key_mask",
     "masked_dense",
@@ -55,5 +79,7 @@ __all__ = [
     "plan_table",
     "pooled_scores",
     "pooled_tiles",
+    "sides",
+    "sides_option",
     "tile_grid",
 ]

@@ -74,6 +74,39 @@ def _permute(x: Tensor, last: tuple[int, ...]) -> Tensor:
     return x.permute(*range(lead), *(x.dim() + place for place in last))
 
 
+def sides(text: str) -> tuple[int, int, int]:
+    """`"4x8x8"` (frames, height, width) or `"8x16"` (height, width; one frame) as three numbers.
+
+    Raises:
+        ValueError: other text.
+    """
+    parts = text.lower().split("x")
+    if len(parts) not in (2, 3) or not all(part.strip().isdigit() for part in parts):
+        raise ValueError(f"expected sizes like 8x16 or 4x8x8 (frames, height, width in tokens); got {text!r}")
+    *frames, height, width = map(int, parts)
+    return (frames[0] if frames else 1), height, width
+
+
+def sides_option(name: str, value: tuple[int, int, int] | str | None) -> tuple[int, int, int] | None:
+    """An option that takes sizes as numbers or as text, checked.
+
+    Raises:
+        ValueError: with the option's name.
+    """
+    try:
+        found = sides(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if found is None:
+        return None
+    found = (1, *found) if len(found) == 2 else tuple(found)
+    if len(found) != 3 or any(isinstance(x, bool) or not isinstance(x, int) or x < 1 for x in found):
+        raise ValueError(
+            f"{name} must be three whole numbers of at least 1 (frames, height, width); got {value!r}"
+        )
+    return found
+
+
 def tile_grid(
     grid: tuple[int, int, int], tile: tuple[int, int, int], device: torch.device | str | None = None
 ) -> Tiling:
@@ -104,12 +137,34 @@ def tile_grid(
     return Tiling(grid, tile, order.to(device), None if whole else good.to(device), inverse.to(device))
 
 
+Which = Tensor | slice  # some of the lists: their numbers, or a run of them
+
+
+def take(x: Tensor, which: Which) -> Tensor:
+    """Some rows; a run of them is not copied."""
+    return x[which] if isinstance(which, slice) else x.index_select(0, which)
+
+
 @dataclass(frozen=True)
 class Rows:
-    """Lists of equal length, run together: which (numbers into the flattened lists) and how long they are."""
+    """Lists of equal length, run together.
+
+    Args:
+        which: their numbers in the flattened lists.
+        length: how many tiles each has.
+        every: they are all the lists there are.
+    """
 
     which: Tensor
     length: int
+    every: bool = False
+
+    def chunks(self, size: int) -> list[Which]:
+        """Them in parts of at most `size`."""
+        total = len(self.which)
+        if self.every:
+            return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+        return list(self.which.split(size))
 
 
 @dataclass(frozen=True)
@@ -168,7 +223,7 @@ def _group(index: Tensor, count: Tensor | None) -> tuple[Rows, ...]:
     total = math.prod(index.shape[:3])
     every = torch.arange(total, device=index.device)
     if count is None:
-        return (Rows(every, index.shape[-1]),)
+        return (Rows(every, index.shape[-1], every=True),)
     flat = count.reshape(-1)
     lengths = sorted(set(flat.tolist()))
     return tuple(Rows(every[flat == length], length) for length in lengths)
@@ -177,11 +232,12 @@ def _group(index: Tensor, count: Tensor | None) -> tuple[Rows, ...]:
 def density(lists: BlockLists, tiling: Tiling, layout: TokenLayout) -> float:
     """Share of the L x L pairs that are read: tiles, and text rows and columns in full."""
     n, t = tiling.order.shape
-    sizes = (
-        tiling.valid.sum(-1) if tiling.valid is not None else torch.full((n,), t, device=tiling.order.device)
-    )
-    sizes = sizes.double().cpu()
-    pairs = torch.einsum("bhqk,q,k->bh", lists.allowed(n).double().cpu(), sizes, sizes).mean().item()
+    if tiling.valid is None:
+        kept = lists.index.shape[-1] if lists.count is None else lists.count.double().mean().item()
+        pairs = n * t * t * kept
+    else:
+        sizes = tiling.valid.sum(-1).double().cpu()
+        pairs = torch.einsum("bhqk,q,k->bh", lists.allowed(n).double().cpu(), sizes, sizes).mean().item()
     image, text = layout.image_length, layout.joint_text_length
     return (pairs + image * text + text * layout.length) / layout.length**2
 

@@ -49,5 +49,9 @@ def masked_dense(
     out = _sdpa(q, k, v, attn_mask=mask, scale=scale)
     if mask is None:
         return out
-    empty = ~mask.any(-1) if mask.dtype == torch.bool else torch.isneginf(mask).all(-1)
-    return out.masked_fill(empty[..., None], 0.0)
+    return out.masked_fill(nothing_read(mask)[..., None], 0.0)
+
+
+def nothing_read(mask: Tensor) -> Tensor:
+    """Which queries a mask leaves no key: (..., Lq, Lk) -> (..., Lq) bool."""
+    return ~mask.any(-1) if mask.dtype == torch.bool else torch.isneginf(mask).all(-1)

@@ -8,14 +8,15 @@ share a list.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as _sdpa
 
-from ditkit.seams.executors.blocks import BlockLists, Tiling
+from ditkit.seams.executors.blocks import BlockLists, Tiling, Which, take
 from ditkit.seams.executors.dense import combine
+from ditkit.seams.executors.scores import attention_with_lse
 from ditkit.seams.layout import TokenLayout
 
 # Keys and values gathered at once stay about within a core's second-level cache (measured: 2 MiB is best, 8
@@ -45,9 +46,53 @@ def gather_blocks(
     Returns:
         (B, h, L, d). An image query with an empty list and no text gets zeros.
     """
+    (out,) = _gather((q, k, v), lists, tiling, layout, keys, scale, plain)
+    return with_text_queries(out, q, k, v, layout, keys, scale)
+
+
+def gather_blocks_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lists: BlockLists,
+    tiling: Tiling,
+    layout: TokenLayout,
+    *,
+    keys: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`gather_blocks` and the log of each query's softmax denominator, (B, h, L) in float32 (-inf for a query
+    that reads nothing)."""
+    out, lse = _gather((q, k, v), lists, tiling, layout, keys, scale, with_lse)
+    return with_text_lse(out, lse, q, k, v, layout, keys, scale)
+
+
+# (queries, keys, values, mask, scale) -> the output, and whatever else it gives for each query.
+Kernel = Callable[[Tensor, Tensor, Tensor, "Tensor | None", "float | None"], tuple[Tensor, ...]]
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> tuple[Tensor, ...]:
+    return (_sdpa(q, k, v, attn_mask=mask, scale=scale),)
+
+
+def with_lse(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> tuple[Tensor, ...]:
+    out, lse = attention_with_lse(q, k, v, mask, scale)
+    return out, lse[..., None]
+
+
+def _gather(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    lists: BlockLists,
+    tiling: Tiling,
+    layout: TokenLayout,
+    keys: Tensor | None,
+    scale: float | None,
+    kernel: Kernel,
+) -> list[Tensor]:
+    """What the kernel gives for the image queries, each (B, h, N, .)."""
+    q, k, v = qkv
     B, h, _, d = q.shape
     n, t = tiling.order.shape
-    image = layout.image_span
     many_b, many_h = lists.index.shape[0] > 1, lists.index.shape[1] > 1
 
     def heads(x: Tensor) -> Tensor:
@@ -57,32 +102,67 @@ def gather_blocks(
         return x.transpose(0, 1) if many_h else x.reshape(1, B * h, *x.shape[2:])
 
     P, G = heads(q).shape[:2]
-    queries = tiling.split(heads(q[:, :, image]), tiles_first=True).reshape(P * n, G, t, d)
+    queries = tiling.split(heads(q[:, :, layout.image_span]), tiles_first=True).reshape(P * n, G, t, d)
     source = _Source(heads(k), heads(v), _validity(keys, layout, (B, h), heads), tiling, layout)
     source.pick(lists.index)
-    parts, order = [], []
-    out = torch.empty_like(queries) if source.reuse else None
+    sizes = (d,) if kernel is plain else (d, 1)
+    empty = (0.0, float("-inf"))  # of a query that reads nothing
+    results = _Results(source.reuse, queries, sizes)
     for group in lists.rows:
         if not group.length and not layout.joint_text_length:
-            order.append(group.which)
-            parts.append(queries.new_zeros(len(group.which), G, t, d))
-            if out is not None:
-                out.index_fill_(0, group.which, 0.0)
+            lead = (len(group.which), G, t)
+            nothing = [queries.new_full((*lead, size), x) for size, x in zip(sizes, empty, strict=False)]
+            results.put(group.which, nothing)
             continue
         size = G * (group.length * t + layout.joint_text_length) * d * 2 * q.element_size()
-        for which in group.which.split(max(1, CHUNK_BYTES // size)):
+        for which in group.chunks(max(1, CHUNK_BYTES // size)):
             k_here, v_here, mask = source.collect(which, group.length)
-            part = _sdpa(queries.index_select(0, which), k_here, v_here, attn_mask=mask, scale=scale)
-            if out is not None:
-                out.index_copy_(0, which, part)
+            results.put(which, kernel(take(queries, which), k_here, v_here, mask, scale))
+    found = []
+    for out in results.all():
+        out = tiling.join(out.view(P, n, G, t, -1), tiles_first=True)  # (P, G, N, .)
+        found.append((out.transpose(0, 1) if many_h and not many_b else out).reshape(B, h, -1, out.shape[-1]))
+    return found
+
+
+class _Results:
+    """Parts of the output, put together in the order of the lists.
+
+    Args:
+        reuse: write into one tensor; otherwise (in training, when compiled) keep the parts.
+    """
+
+    def __init__(self, reuse: bool, queries: Tensor, sizes: tuple[int, ...]) -> None:
+        self.whole: list[Tensor] = []
+        self.parts: list[list[Tensor]] = [[] for _ in sizes]
+        self.order: list[Tensor] = []
+        if reuse:
+            dtypes = (queries.dtype, torch.float32)
+            self.whole = [
+                queries.new_empty((*queries.shape[:-1], size), dtype=dtype)
+                for size, dtype in zip(sizes, dtypes, strict=False)
+            ]
+
+    def put(self, which: Which, found: Sequence[Tensor]) -> None:
+        for whole, part in zip(self.whole, found, strict=False):
+            if isinstance(which, slice):
+                whole[which] = part
             else:
-                order.append(which)
+                whole.index_copy_(0, which, part.to(whole.dtype))
+        if not self.whole:
+            for parts, part in zip(self.parts, found, strict=True):
                 parts.append(part)
-    if out is None:
-        out = torch.cat(parts).index_select(0, torch.cat(order).argsort())  # (P * n, G, t, d)
-    out = tiling.join(out.view(P, n, G, t, d), tiles_first=True)  # (P, G, N, d)
-    out = (out.transpose(0, 1) if many_h and not many_b else out).reshape(B, h, -1, d)
-    return with_text_queries(out, q, k, v, layout, keys, scale)
+            if not isinstance(which, slice):
+                self.order.append(which)
+
+    def all(self) -> list[Tensor]:
+        if self.whole:
+            return self.whole
+        joined = [torch.cat(parts) for parts in self.parts]
+        if not self.order:
+            return joined
+        back = torch.cat(self.order).argsort()
+        return [x.index_select(0, back) for x in joined]
 
 
 def _validity(
@@ -152,20 +232,21 @@ class _Source:
         first = torch.arange(self.P * self.G, device=index.device).view(self.P, 1, self.G, 1) * self.m
         # Number of each tile's line in the tables.
         self.lines = (first + index.view(self.P, self.n, 1, -1)).flatten(0, 1)  # (P * n, G, K)
+        self.rows = torch.arange(self.P * self.n, device=index.device) // self.n  # (P * n,)
 
-    def collect(self, which: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def collect(self, which: Which, length: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys, values (R, G, K, d) and mask (R, G or 1, 1, K) of R lists of one length."""
         length += self.text_tiles
-        row = which // self.n  # (R,) which P
-        lines = self.lines.index_select(0, which)[:, :, :length]
+        lines = take(self.lines, which)[:, :, :length]
+        row = take(self.rows, which)  # (R,) which P
         k, v = (self._copy(place, lines, row) for place in (0, 1))
         if self.mask is None:
             return k, v, None
-        R = len(which)
+        R = len(lines)
         valid, text = (
             x.index_select(0, row) if x.shape[0] > 1 else x.expand(R, *x.shape[1:]) for x in self.mask
         )
-        picked = self.index.index_select(0, which)[:, None, :length, None]
+        picked = take(self.index, which)[:, None, :length, None]
         picked = picked.expand(-1, valid.shape[1], -1, self.t)
         mask = torch.cat([valid.gather(2, picked).flatten(2), text], dim=-1)
         return k, v, mask[:, :, None]
@@ -201,3 +282,23 @@ def with_text_queries(
     mask = None if keys is None else keys[:, None, None]
     text = _sdpa(q[:, :, layout.text_span], k, v, attn_mask=mask, scale=scale)
     return torch.cat([text, image] if layout.text == "prefix" else [image, text], dim=2)
+
+
+def with_text_lse(
+    image: Tensor,
+    image_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: TokenLayout,
+    keys: Tensor | None,
+    scale: float | None,
+) -> tuple[Tensor, Tensor]:
+    """`with_text_queries` for an output and its log-sum-exp (B, h, N, 1): -> (B, h, L, d) and (B, h, L)."""
+    if not layout.joint_text_length:
+        return image, image_lse[..., 0]
+    mask = None if keys is None else keys[:, None, None]
+    text, text_lse = attention_with_lse(q[:, :, layout.text_span], k, v, mask, scale)
+    pairs = [(text, image), (text_lse, image_lse[..., 0])]
+    out, lse = (torch.cat(pair if layout.text == "prefix" else pair[::-1], dim=2) for pair in pairs)
+    return out, lse

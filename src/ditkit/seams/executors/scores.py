@@ -11,6 +11,10 @@ import torch
 from torch import Tensor
 
 from ditkit.seams.executors.blocks import Tiling
+from ditkit.seams.executors.dense import nothing_read
+
+# Scores that `formula_with_lse` holds at once.
+SCORE_BYTES = 256 << 20
 
 
 def attention_with_lse(
@@ -22,39 +26,54 @@ def attention_with_lse(
 
     Args:
         q, k, v: (B, h, Lq or Lk, d).
-        mask: bool (True: may be read) or additive, broadcastable to (B, h, Lq, Lk); every query must read
-            at least one key.
+        mask: bool (True: may be read) or additive, broadcastable to (B, h, Lq, Lk).
 
     Returns:
-        output (B, h, Lq, d) and log-sum-exp (B, h, Lq) in float32, both with gradients.
+        output (B, h, Lq, d) and log-sum-exp (B, h, Lq) in float32, both with gradients. A query that may read
+        nothing gets zeros and -inf.
     """
     if q.device.type != "cpu":
-        return formula_with_lse(q, k, v, mask, scale)
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf"))
-    # The kernel behind scaled_dot_product_attention on CPU has the log-sum-exp already.
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return kernel(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+        out, lse = formula_with_lse(q, k, v, mask, scale)
+    else:
+        bias = mask
+        if mask is not None and mask.dtype == torch.bool:
+            bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+        # The kernel behind scaled_dot_product_attention on CPU has the log-sum-exp already.
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = kernel(q, k, v, 0.0, False, attn_mask=bias, scale=scale)
+    if mask is None:
+        return out, lse
+    empty = nothing_read(mask)
+    return out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, float("-inf"))
 
 
 def formula_with_lse(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`attention_with_lse` written out, for devices without a kernel that gives both; holds all scores."""
-    scores = q.float() @ k.float().transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    lse = scores.logsumexp(-1)
-    return ((scores - lse[..., None]).exp() @ v.float()).to(v.dtype), lse
+    """`attention_with_lse` written out, for devices without a kernel that gives both; holds the scores of
+    some queries at a time."""
+    B, h, Lq, d = q.shape
+    step = max(1, SCORE_BYTES // (4 * B * h * k.shape[-2]))
+    outs, lses = [], []
+    for start in range(0, Lq, step):
+        rows = slice(start, start + step)
+        here = mask[..., rows, :] if mask is not None and mask.dim() > 1 and mask.shape[-2] == Lq else mask
+        scores = q[..., rows, :].float() @ k.float().transpose(-1, -2) * (d**-0.5 if scale is None else scale)
+        if here is not None:
+            scores = scores.masked_fill(~here, float("-inf")) if here.dtype == torch.bool else scores + here
+        lse = scores.logsumexp(-1)
+        outs.append(((scores - lse[..., None]).exp() @ v.float()).to(v.dtype))
+        lses.append(lse)
+    return torch.cat(outs, dim=-2), torch.cat(lses, dim=-1)
 
 
 def pooled_tiles(x: Tensor, tiling: Tiling) -> Tensor:
     """Mean over the valid tokens of each tile: (..., N, d) -> (..., n, d)."""
-    tiles = tiling.split(x)  # (..., n, t, d)
     if tiling.valid is None:
-        return tiles.mean(-2)
+        sizes = [size for pair in zip(tiling.counts, tiling.tile, strict=True) for size in pair]
+        return x.unflatten(-2, sizes).mean((-6, -4, -2)).flatten(-4, -2)
     weight = tiling.valid.to(x.dtype)
-    return (tiles * weight[..., None]).sum(-2) / weight.sum(-1)[..., None]
+    return (tiling.split(x) * weight[..., None]).sum(-2) / weight.sum(-1)[..., None]
 
 
 def pooled_scores(q: Tensor, k: Tensor, tiling: Tiling, scale: float | None = None) -> Tensor:

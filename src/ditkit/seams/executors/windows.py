@@ -11,10 +11,16 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention as _sdpa
 
 from ditkit.seams.executors.blocks import Tiling, tile_grid
-from ditkit.seams.executors.gather import CHUNK_BYTES, with_text_queries
+from ditkit.seams.executors.gather import (
+    CHUNK_BYTES,
+    Kernel,
+    plain,
+    with_lse,
+    with_text_lse,
+    with_text_queries,
+)
 from ditkit.seams.layout import TokenLayout
 
 
@@ -120,6 +126,36 @@ def gather_windows(
     Returns:
         (B, h, L, d).
     """
+    (out,) = _gather((q, k, v), windows, layout, extra, keys, scale, plain)
+    return with_text_queries(out, q, k, v, layout, keys, scale)
+
+
+def gather_windows_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    windows: Windows,
+    layout: TokenLayout,
+    *,
+    keys: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`gather_windows` and the log of each query's softmax denominator, (B, h, L) in float32."""
+    out, lse = _gather((q, k, v), windows, layout, None, keys, scale, with_lse)
+    return with_text_lse(out, lse, q, k, v, layout, keys, scale)
+
+
+def _gather(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    windows: Windows,
+    layout: TokenLayout,
+    extra: tuple[Tensor, Tensor] | None,
+    keys: Tensor | None,
+    scale: float | None,
+    kernel: Kernel,
+) -> list[Tensor]:
+    """What the kernel gives for the image queries, each (B, h, N, .)."""
+    q, k, v = qkv
     B, h, _, d = q.shape
     K = windows.keys.shape[1]
     always = [x[:, :, layout.text_span] for x in (k, v)]  # (B, h, T, d)
@@ -148,10 +184,12 @@ def gather_windows(
             k_here, v_here = (
                 x.index_select(1, which.reshape(-1)).unflatten(1, which.shape).transpose(0, 1) for x in tables
             )
-            parts.append(_sdpa(here, k_here, v_here, attn_mask=mask, scale=scale))
-    out = torch.cat(parts).index_select(0, windows.back)  # (n, G, t, d)
-    out = windows.tiling.join(out, tiles_first=True).unflatten(0, (B, h))
-    return with_text_queries(out, q, k, v, layout, keys, scale)
+            parts.append(kernel(here, k_here, v_here, mask, scale))
+    found = []
+    for part in zip(*parts, strict=True):
+        out = torch.cat(part).index_select(0, windows.back)  # (n, G, t, .)
+        found.append(windows.tiling.join(out, tiles_first=True).unflatten(0, (B, h)))
+    return found
 
 
 def _rows(keys: Tensor, layout: TokenLayout, always: int, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,133 @@
+"""The architectures at a tiny size, and what is published of them; the shared tests read it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditkit import models
+from ditkit.models.switch_dit import prior_table
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Published:
+    """Parameters, and 1e9 multiply-adds of one forward, batch 1; None where none are published."""
+
+    name: str
+    parameters: int
+    multiply_adds: float | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    side: int = 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """One architecture.
+
+    Args:
+        name: in the registry.
+        tiny: configuration of a tiny model, for latents of 8 x 8 unless `sizes` says otherwise.
+        sizes: (H, W) that it must run, the first one by default.
+        published: what its paper or code gives.
+        fixed: parameters that are not trained.
+        told: what a converter can't read from shapes.
+        authors: our names to the authors', for converters that rename.
+        silent: parameters that legitimately get no gradient in one forward.
+    """
+
+    name: str
+    tiny: dict[str, Any]
+    published: tuple[Published, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ((8, 8), (4, 12))
+    fixed: frozenset[str] = frozenset()
+    told: dict[str, Any] = field(default_factory=dict)
+    authors: Callable[[State], dict[str, Tensor]] = dict
+    converts: bool = True
+
+    def model(self, seed: int = 0, **config: Any) -> Any:
+        """In eval mode, with every layer drawn, so that no output is trivially zero."""
+        torch.manual_seed(seed)
+        model = models.create(self.name, **{**self.tiny, **config}).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        return model
+
+
+def inputs(model: nn.Module, batch: int = 2, size: tuple[int, int] | None = None) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    network: Any = model
+    latent = torch.randn(batch, network.in_channels, *(size or network.latent_size), generator=generator)
+    times = torch.randint(1000, (batch,), generator=generator)
+    return latent, times, torch.arange(batch) % 5
+
+
+def _switch_names(state: State) -> dict[str, Tensor]:
+    """Routers beside the blocks, and the fixed tables of the authors' checkpoints."""
+    named = {re.sub(r"^blocks\.(\d+)\.router\.", r"routers.\1.", name): v for name, v in state.items()}
+    experts = re.compile(r"(routers\.\d+)\.(weight|bias)$")
+    named = {experts.sub(lambda m: f"{m[1]}.experts.{m[2][0]}", name): v for name, v in named.items()}
+    return {**named, "full_time": torch.arange(1000), "prior._unit_mapping": prior_table(1000, 2, 3, 2)}
+
+
+CASES: dict[str, Case] = {
+    case.name: case
+    for case in (
+        Case(
+            "dico",
+            dict(hidden_size=8, depth=(1, 2, 1, 1, 1), num_classes=5, input_size=8),
+            published=(
+                Published("dico-s", 33_137_672, 4.24),
+                Published("dico-b", 129_992_712, 16.86),
+                Published("dico-l", 463_897_992, 60.17),
+                Published("dico-xl", 701_151_368, 87.22),
+                Published("dico-h", 1_037_408_328, 194.03),
+                Published("dico-s", 33_137_672, 16.90, side=64),
+                Published("dico-xl", 701_151_368, 347.86, side=64),
+            ),
+        ),
+        Case(
+            "dtr",
+            dict(input_size=8, hidden_size=32, depth=2, num_heads=4, num_classes=5),
+            published=(
+                Published("dtr-s/2", 32_963_360, 6.06),
+                Published("dtr-dit-b/2", 130_512_416),
+                Published("dtr-dit-l/2", 458_102_816),
+            ),
+            fixed=frozenset({"pos_embed"}),
+            told={"num_heads": 4},
+        ),
+        Case(
+            "switch-dit",
+            dict(input_size=8, hidden_size=32, depth=2, num_heads=4, num_classes=5),
+            published=(
+                # Multiply-adds are DiT's and k D^2 for each block and token.
+                Published("switch-dit-s/2", 38_299_460, 6.06 + 12 * 256 * 2 * 384**2 / 1e9),
+                Published("switch-dit-b/2", 151_801_412),
+                Published("switch-dit-l/2", 533_747_816),
+                Published("switch-dit-xl/2", 786_799_988, 118.62 + 19.0),
+            ),
+            fixed=frozenset({"pos_embed"}),
+            told={"num_heads": 4},
+            authors=_switch_names,
+        ),
+        Case(
+            "lit",
+            dict(input_size=8, hidden_size=32, depth=2, num_heads=2, num_classes=5),
+            published=(
+                Published("lit-s/2", 33_023_264),  # as DiT's, with 26 E more for each block
+                Published("lit-xl/2", 675_129_632 + 28 * 26 * 288),
+            ),
+            sizes=((8, 8), (4, 12), (6, 2)),
+            fixed=frozenset({"pos_embed"}),
+        ),
+    )
+}
