@@ -71,13 +71,15 @@ class MotionJudge:
     """Finds the object of a clip and how it moves.
 
     Args:
-        names: the vocabulary, all of it candidates for every clip.
+        names: the candidates for every clip; None: `VOCABULARY`.
         object_size: width of an emoji in pixels at magnification 1.
         size: side of the frames.
     """
 
-    def __init__(self, names: Sequence[str] = VOCABULARY, object_size: float = 28.0, size: int = 64) -> None:
-        self.names = list(names)
+    def __init__(
+        self, names: Sequence[str] | None = None, object_size: float = 28.0, size: int = 64
+    ) -> None:
+        self.names = list(names or VOCABULARY)
         self.side = size + 2 * MARGIN
         self.sizes = [round(object_size * ZOOM**power) for power in (0.0, 0.5, 1.0)]
         kernels, centres, norms = [], [], []

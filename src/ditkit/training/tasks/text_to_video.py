@@ -23,7 +23,8 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from ditkit.data.clips import open_clips
 from ditkit.data.emoji_motion import EmojiMotion, videos
 from ditkit.data.pictures import grid
-from ditkit.files import whole_file
+from ditkit.files import whole_file, write_text
+from ditkit.hub import CALL_FILE
 from ditkit.training.order import BatchNoise
 from ditkit.training.tasks.flow_matching import FlowMatchingOptions, FlowMatchingTask, initialise, zero
 from ditkit.training.tasks.latents import encode_video
@@ -31,6 +32,7 @@ from ditkit.training.tasks.text_encoders import tokenize
 from ditkit.training.tasks.windows import Windows
 
 HELD_OUT = 32
+GUIDANCE = 2.0
 
 
 class TextToVideoOptions(FlowMatchingOptions):
@@ -130,6 +132,12 @@ class TextToVideoTask(FlowMatchingTask):
             transformer=self.transformer,
         )
 
+    def export(self, folder: Path) -> None:
+        super().export(folder)
+        size = self.run.data.size
+        call = {"height": size, "width": size, "num_frames": self.frames, "guidance_scale": GUIDANCE}
+        write_text(folder / CALL_FILE, json.dumps(call) + "\n")
+
     def draw(self) -> Image.Image | None:
         """One row a caption: every other frame."""
         if not self.options.preview:
@@ -142,7 +150,7 @@ class TextToVideoTask(FlowMatchingTask):
             width=self.run.data.size,
             num_frames=self.frames,
             num_inference_steps=self.options.preview_steps,
-            guidance_scale=2.0,
+            guidance_scale=GUIDANCE,
             max_sequence_length=self.tokenizer.model_max_length,
             generator=[torch.Generator().manual_seed(i) for i in range(len(self.options.preview))],
             output_type="pt",
