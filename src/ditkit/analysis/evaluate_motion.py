@@ -68,9 +68,8 @@ def scenes(count: int, seed: int = 0, config: MotionConfig | None = None) -> lis
     motion = EmojiMotion(config)
     rng = np.random.default_rng(seed)
     names, directions = rng.permutation(motion.names), rng.permutation(motion.config.directions)
-    rounds = [i // len(names) for i in range(count)]
-    return [
-        Moving(str(names[i % len(names)]), str(directions[(i + rounds[i]) % len(directions)]))
+    return [  # an object that comes again goes on to the next direction
+        Moving(str(names[i % len(names)]), str(directions[(i % len(names) + i // len(names)) % len(directions)]))
         for i in range(count)
     ]
 

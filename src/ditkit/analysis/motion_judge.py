@@ -15,10 +15,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ditkit.data.emoji_motion import sprite
+from ditkit.data.emoji_motion import read_caption, sprite
 from ditkit.data.motions import DIRECTIONS, STILL, VOCABULARY, ZOOM
 
 STILL_BELOW = 5.0
@@ -106,6 +107,24 @@ class MotionJudge:
         x, y = ((time[:, None] * track[:, 0]).sum(0) / time.square().sum()).tolist()
         explained = 1 - float(errors.sum() / darkness.square().sum().clamp_min(1e-9))
         return Seen(self.names[best], (x, y), explained, track[:, 0])
+
+    def __call__(self, pictures: np.ndarray, prompts: Sequence[str]) -> float:
+        """The share of clips that show object and motion of their prompts.
+
+        Args:
+            pictures: (B, H, F W, 3) in [0, 1], the frames of each clip side by side.
+            prompts: what is no caption of a clip with one object is left out (nan when all are).
+        """
+        right = []
+        for picture, prompt in zip(pictures, prompts, strict=True):
+            try:
+                (item,), _ = read_caption(prompt)
+            except ValueError:
+                continue
+            frames = torch.from_numpy(np.asarray(picture)).unflatten(1, (-1, picture.shape[0]))  # (H, F, W, 3)
+            seen = self.look(frames.permute(3, 1, 0, 2) * 2 - 1)
+            right.append(seen.name == item.name and seen.moves(item.direction))
+        return float(np.mean(right)) if right else float("nan")
 
     def _match(self, darkness: torch.Tensor, names: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Least error of each emoji in each frame (F, V), and its centre there (F, V, 2)."""

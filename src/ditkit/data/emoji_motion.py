@@ -182,6 +182,24 @@ def caption(objects: Sequence[Moving], camera: str = CAMERAS[0]) -> str:
     return text if camera == CAMERAS[0] else f"{text}, camera {camera}"
 
 
+def read_caption(text: str) -> tuple[list[Moving], str]:
+    """Objects and camera of a caption; the inverse of `caption`.
+
+    Raises:
+        ValueError: not of the form that captions have.
+    """
+    what, _, camera = text.strip().lower().partition(", camera ")
+    objects = []
+    for part in what.split(" in front of "):
+        name, moving, direction = part.partition(" moving ")
+        if not moving and part.endswith(f" {STILL}"):
+            name, direction = part.removesuffix(f" {STILL}"), STILL
+        if direction not in DIRECTIONS or name not in _known_captions() or camera not in ("", *CAMERAS):
+            raise ValueError(f"{text!r} is no caption of a clip, such as 'red apple moving left, camera zooms in'")
+        objects.append(Moving(name, direction))
+    return objects, camera or CAMERAS[0]
+
+
 def camera_path(camera: str, frames: int, size: int) -> np.ndarray:
     """(F, 3): magnification, and the world's point at the centre of the picture (x, y)."""
     time = np.linspace(0, 1, frames) if frames > 1 else np.zeros(1)
