@@ -23,8 +23,8 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32, **kwargs: Any) ->
     """A diffusers pipeline, ready to call.
 
     Args:
-        name: a bundled pipeline (`"micro-flux"`, `"micro-wan"`), a folder that `save_pretrained` wrote, or a hub repository
-            `owner/name`. Only safetensors weights are read and no code of a repository is run.
+        name: a bundled pipeline (`"micro-flux"`, `"micro-wan"`), a folder that `save_pretrained` wrote, or a
+            hub repository `owner/name`. Only safetensors weights are read and no code of a repository is run.
         dtype: of the weights.
         kwargs: passed on to `DiffusionPipeline.from_pretrained`, e.g. `revision`: repositories change.
 

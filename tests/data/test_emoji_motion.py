@@ -12,7 +12,12 @@ from ditkit.data.emoji_motion import EmojiMotion, Moving, caption, read_caption,
 from ditkit.data.motions import CAMERAS, DIRECTIONS, STILL, VOCABULARY, ZOOM
 
 EVERYTHING = MotionConfig(
-    count=(1, 3), cameras=list(CAMERAS[1:]), camera_share=0.7, background="dots", travel=(6, 9), object_size=22
+    count=(1, 3),
+    cameras=list(CAMERAS[1:]),
+    camera_share=0.7,
+    background="dots",
+    travel=(6, 9),
+    object_size=22,
 )
 
 
@@ -61,7 +66,9 @@ def test_every_caption_says_what_moves_where():
         else:
             assert clip.caption == f"{item.name} moving {item.direction}"
             assert 14 <= way.norm() <= 20
-            assert torch.allclose(way / way.norm(), torch.tensor(DIRECTIONS[item.direction]).float(), atol=1e-4)
+            assert torch.allclose(
+                way / way.norm(), torch.tensor(DIRECTIONS[item.direction]).float(), atol=1e-4
+            )
 
 
 def test_the_camera_does_what_its_words_say():
@@ -73,7 +80,9 @@ def test_the_camera_does_what_its_words_say():
         if "zoom" in camera:
             expected = ZOOM**2 if camera == "zooms in" else ZOOM**-2
             assert grown == pytest.approx(expected, rel=0.1)
-            assert float(clip.camera_path[-1, 0] / clip.camera_path[0, 0]) ** 2 == pytest.approx(expected, rel=1e-4)
+            assert float(clip.camera_path[-1, 0] / clip.camera_path[0, 0]) ** 2 == pytest.approx(
+                expected, rel=1e-4
+            )
         elif "pans" in camera:  # the world passes the other way
             assert grown == pytest.approx(1, rel=0.1)
             seen = -way / (0.2 * 64)
@@ -101,7 +110,12 @@ def test_captions_are_read_back():
         objects, camera, text = clips.scene(index)
         assert read_caption(text) == (objects, camera)
         assert caption(objects, camera) == text
-    for text in ("red apple", "red apple moving sideways", "no such thing moving left", "key moving up, camera dances"):
+    for text in (
+        "red apple",
+        "red apple moving sideways",
+        "no such thing moving left",
+        "key moving up, camera dances",
+    ):
         with pytest.raises(ValueError, match="is no caption"):
             read_caption(text)
 
@@ -120,7 +134,12 @@ def test_what_cannot_be_shown_is_refused():
         EmojiMotion(MotionConfig(objects=["no such emoji"]))
     with pytest.raises(ValueError, match=r"motion\.travel: 60\.0 pixels"):
         EmojiMotion(MotionConfig(travel=(10, 60)))
-    for bad in ({"directions": ["sideways"]}, {"cameras": ["is static"]}, {"count": (0, 1)}, {"travel": (5, 4)}):
+    for bad in (
+        {"directions": ["sideways"]},
+        {"cameras": ["is static"]},
+        {"count": (0, 1)},
+        {"travel": (5, 4)},
+    ):
         with pytest.raises(ValidationError):
             MotionConfig(**bad)
     with pytest.raises(ValueError, match="needs clips"):

@@ -1,4 +1,4 @@
-"""The bundled video pipeline's own recipe, a few steps of each stage: what comes out is a whole WanPipeline."""
+"""The recipe of the bundled video pipeline, a few steps of each stage: it gives a whole WanPipeline."""
 
 import json
 
@@ -15,19 +15,22 @@ from ditkit.training.trainer import train
 OBJECTS = "objects: [red apple, banana], object_size: 20, travel: [8, 10]"
 QUICK = [
     f"{stage}.{change}"
-    for stage in ("pictures", "autoencoder", "text_encoder", "frames", "transformer")
+    for stage in ("pictures", "autoencoder", "decoder", "text_encoder", "frames", "transformer")
     for change in ("steps=2", "checkpoint_every=1", "sample_every=0", "heldout_every=0", "tracker=null")
 ] + [
     "pictures.batch_size=4", "pictures.task_options.measured_clips=2",
     f"pictures.data={{kind: emoji-motion, motion: {{{OBJECTS}, frames: 1}}}}",
     "autoencoder.batch_size=5", "autoencoder.task_options.measured_clips=2", "autoencoder.heldout_every=2",
     "autoencoder.sample_every=2", f"autoencoder.data={{kind: emoji-motion, motion: {{{OBJECTS}}}}}",
+    "decoder.batch_size=5", "decoder.task_options.measured_clips=2",
+    f"decoder.data={{kind: emoji-motion, motion: {{{OBJECTS}}}}}",
     f"text_encoder.data={{kind: emoji-motion, motion: {{{OBJECTS}}}}}", "text_encoder.batch_size=4",
     "text_encoder.task_options.components=8",
-    f"frames.data={{kind: emoji-motion, motion: {{{OBJECTS}}}}}", "frames.batch_size=2", "frames.task_options.clips=2",
+    f"frames.data={{kind: emoji-motion, motion: {{{OBJECTS}}}}}", "frames.batch_size=2",
+    "frames.task_options.clips=2",
     f"transformer.data={{kind: emoji-motion, motion: {{{OBJECTS}}}}}", "transformer.batch_size=17",
-    "transformer.task_options.clips=2", "transformer.sample_every=2", "transformer.task_options.preview_steps=2",
-    "transformer.task_options.preview=[red apple moving left]",
+    "transformer.task_options.clips=2", "transformer.sample_every=2",
+    "transformer.task_options.preview_steps=2", "transformer.task_options.preview=[red apple moving left]",
 ]  # fmt: skip
 
 
@@ -62,6 +65,16 @@ def test_heldout_quality_of_the_autoencoder_is_recorded(bundle):
     lines = (bundle.parent.parent / "autoencoder" / "metrics.jsonl").read_text().splitlines()
     recorded = {key for line in lines for key in json.loads(line)}
     assert {"heldout_psnr", "heldout_object_psnr"} <= recorded
+
+
+def test_the_decoder_stage_leaves_the_latents_as_they_were(bundle):
+    before, after = (
+        AutoencoderKLWan.from_pretrained(bundle.parent.parent / stage / "export")
+        for stage in ("autoencoder", "decoder")
+    )
+    video = EmojiMotion().clip(0).video[None]
+    assert torch.equal(encode_video(before, video), encode_video(after, video))
+    assert not torch.equal(before.decoder.conv_in.weight, after.decoder.conv_in.weight)
 
 
 def test_latents_of_the_exported_autoencoder_are_standardised(bundle):

@@ -1,9 +1,9 @@
 """How often a text-to-video pipeline shows what it was asked for: the object, and where it moves.
 
-Objects and motions are found by `motion_judge`, among the whole vocabulary. A motion is right within 45 degrees
-of the asked direction, or below `STILL_BELOW` pixels for an object that was to stay still. The measure itself is
-measured with every result: on real clips of the same prompts, as they are (`real`) and through the autoencoder
-and back (`ceiling`: no transformer can do better).
+Object and motion are found by `motion_judge`, among the whole vocabulary. A motion is right within 45
+degrees of the asked direction, or below `STILL_BELOW` pixels for an object that was to stay still. The
+measure itself is measured with every result: on real clips of the same prompts, as they are (`real`) and
+through the autoencoder and back (`ceiling`: no transformer can do better).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ SEED_OF_REAL = 1_000_003  # not a seed of the training
 
 @dataclass(frozen=True)
 class Shares:
-    """Shares of the prompts: object right, motion right, both right; `nearest`: the object right and the asked
-    motion the nearest of the nine."""
+    """Shares of the prompts: object right, motion right, both right; `nearest`: the object right and the
+    asked motion the nearest of the nine."""
 
     object: float
     motion: float
@@ -56,7 +56,7 @@ class MotionEvaluation:
     steps: int
     guidance: float | None
     seconds: float
-    clips: np.ndarray | None = field(default=None, repr=False)
+    clips: np.ndarray = field(repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         shares = {name: vars(getattr(self, name)) for name in ("shares", "ceiling", "real")}
@@ -64,12 +64,14 @@ class MotionEvaluation:
 
 
 def scenes(count: int, seed: int = 0, config: MotionConfig | None = None) -> list[Moving]:
-    """`count` objects and motions: every object and every direction comes as often as every other, or once less."""
+    """`count` objects and motions, in which all objects and all directions come about equally often."""
     motion = EmojiMotion(config)
     rng = np.random.default_rng(seed)
     names, directions = rng.permutation(motion.names), rng.permutation(motion.config.directions)
     return [  # an object that comes again goes on to the next direction
-        Moving(str(names[i % len(names)]), str(directions[(i % len(names) + i // len(names)) % len(directions)]))
+        Moving(
+            str(names[i % len(names)]), str(directions[(i % len(names) + i // len(names)) % len(directions)])
+        )
         for i in range(count)
     ]
 
@@ -108,7 +110,9 @@ def evaluate_motion(
     seen = _look(judge, clips)
     frames = clips.shape[1]
     real = [
-        EmojiMotion(config.model_copy(update={"frames": frames}), clips.shape[2], SEED_OF_REAL + i).make([item])
+        EmojiMotion(config.model_copy(update={"frames": frames}), clips.shape[2], SEED_OF_REAL + i).make(
+            [item]
+        )
         for i, item in enumerate(asked)
     ]
     through = _through_autoencoder(model, [clip.video for clip in real])

@@ -77,9 +77,7 @@ class MotionJudge:
         size: side of the frames.
     """
 
-    def __init__(
-        self, names: Sequence[str] | None = None, object_size: float = 28.0, size: int = 64
-    ) -> None:
+    def __init__(self, names: Sequence[str] | None = None, object_size: float = 28.0, size: int = 64) -> None:
         self.names = list(names or VOCABULARY)
         self.side = size + 2 * MARGIN
         self.sizes = [round(object_size * ZOOM**power) for power in (0.0, 0.5, 1.0)]
@@ -121,7 +119,9 @@ class MotionJudge:
                 (item,), _ = read_caption(prompt)
             except ValueError:
                 continue
-            frames = torch.from_numpy(np.asarray(picture)).unflatten(1, (-1, picture.shape[0]))  # (H, F, W, 3)
+            frames = torch.from_numpy(np.asarray(picture)).unflatten(
+                1, (-1, picture.shape[0])
+            )  # (H, F, W, 3)
             seen = self.look(frames.permute(3, 1, 0, 2) * 2 - 1)
             right.append(seen.name == item.name and seen.moves(item.direction))
         return float(np.mean(right)) if right else float("nan")
@@ -129,7 +129,9 @@ class MotionJudge:
     def _match(self, darkness: torch.Tensor, names: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Least error of each emoji in each frame (F, V), and its centre there (F, V, 2)."""
         kernels = self._kernels[names]
-        spectrum = torch.fft.rfft2(F.pad(darkness, (MARGIN,) * 4))[:, None, None]  # (F, 1, 1, 3, S, S / 2 + 1)
+        spectrum = torch.fft.rfft2(F.pad(darkness, (MARGIN,) * 4))[
+            :, None, None
+        ]  # (F, 1, 1, 3, S, S / 2 + 1)
         products = (spectrum * kernels).sum(3)  # (F, V, Z, S, S / 2 + 1)
         overlap = torch.fft.irfft2(products, s=(self.side, self.side))  # (F, V, Z, S, S)
         for index, width in enumerate(self.sizes):  # places that would wrap around the picture

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-
 STRIP = 5
 """Frames of a clip that stand for it where a picture is needed."""
 
@@ -130,7 +129,7 @@ def _one_call(
 
 
 def strip(clips: np.ndarray, count: int = STRIP) -> np.ndarray:
-    """Clips (B, F, H, W, 3) as one picture each: `count` evenly spaced frames side by side, (B, H, count W, 3)."""
+    """Clips (B, F, H, W, 3) as one picture each: `count` frames side by side, (B, H, count W, 3)."""
     chosen = np.linspace(0, clips.shape[1] - 1, count).round().astype(int)
     return np.concatenate([clips[:, i] for i in chosen], axis=2)
 

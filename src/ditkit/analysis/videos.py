@@ -43,6 +43,18 @@ def gif(clip: np.ndarray, rate: int = RATE) -> bytes:
     return stream.getvalue()
 
 
+def wall(clips: np.ndarray, columns: int = 10) -> np.ndarray:
+    """Clips (B, F, H, W, 3) beside and below each other as one clip, white where there is none."""
+    count, frames, height, width, _ = clips.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    page = np.ones((frames, rows * height, columns * width, 3), clips.dtype)
+    for place, clip in enumerate(clips):
+        y, x = divmod(place, columns)
+        page[:, y * height : (y + 1) * height, x * width : (x + 1) * width] = clip
+    return page
+
+
 def _mp4(clip: np.ndarray, path: Path, rate: int) -> None:
     try:
         import av

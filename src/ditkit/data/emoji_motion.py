@@ -35,7 +35,11 @@ class Moving:
     direction: str
 
     def __str__(self) -> str:
-        return f"{self.name} {self.direction}" if self.direction == STILL else f"{self.name} moving {self.direction}"
+        return (
+            f"{self.name} {self.direction}"
+            if self.direction == STILL
+            else f"{self.name} moving {self.direction}"
+        )
 
 
 @dataclass(frozen=True)
@@ -195,7 +199,9 @@ def read_caption(text: str) -> tuple[list[Moving], str]:
         if not moving and part.endswith(f" {STILL}"):
             name, direction = part.removesuffix(f" {STILL}"), STILL
         if direction not in DIRECTIONS or name not in _known_captions() or camera not in ("", *CAMERAS):
-            raise ValueError(f"{text!r} is no caption of a clip, such as 'red apple moving left, camera zooms in'")
+            raise ValueError(
+                f"{text!r} is no caption of a clip, such as 'red apple moving left, camera zooms in'"
+            )
         objects.append(Moving(name, direction))
     return objects, camera or CAMERAS[0]
 

@@ -1,4 +1,4 @@
-"""What the text-conditioned tasks share: flow matching on latents, dropped captions, the export of a pipeline.
+"""What the text-conditioned tasks share: flow matching on latents, dropped captions, exported pipelines.
 
 x_sigma = (1 - sigma) x0 + sigma eps, target velocity eps - x0, loss mean squared error in float32, sigma
 logit-normal. Captions are dropped with probability `caption_dropout` (classifier-free guidance).

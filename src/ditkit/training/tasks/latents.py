@@ -12,7 +12,7 @@ import torch
 
 @torch.no_grad()
 def encode_pictures(autoencoder: Any, images: torch.Tensor) -> torch.Tensor:
-    """Pictures (B, 3, 8H, 8W) in [-1, 1] -> latents (B, C, H, W), as an `AutoencoderKL`'s config scales them."""
+    """Pictures (B, 3, H', W') in [-1, 1] -> latents (B, C, H, W), scaled as the config says."""
     config = autoencoder.config
     latents = autoencoder.encode(images).latent_dist.mean
     return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
@@ -29,8 +29,8 @@ def decode_pictures(autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
 def encode_video(autoencoder: Any, video: torch.Tensor) -> torch.Tensor:
     """Clips (B, 3, F', H', W') in [-1, 1] -> latents (B, C, F, H, W), each channel standardised.
 
-    The autoencoder is an `AutoencoderKLWan`; its causal convolutions make the first latents of a clip those of
-    the clip's beginning alone.
+    The autoencoder is an `AutoencoderKLWan`; its causal convolutions make the first latents of a clip those
+    of the clip's beginning alone.
     """
     mean, std = _statistics(autoencoder)
     return (autoencoder.encode(video).latent_dist.mean - mean) / std
@@ -46,5 +46,7 @@ def decode_video(autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
 def _statistics(autoencoder: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation of each channel, (C, 1, 1, 1)."""
     config, like = autoencoder.config, next(autoencoder.parameters())
-    mean, std = (torch.tensor(v).to(like).view(-1, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
+    mean, std = (
+        torch.tensor(v).to(like).view(-1, 1, 1, 1) for v in (config.latents_mean, config.latents_std)
+    )
     return mean, std

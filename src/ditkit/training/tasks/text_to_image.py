@@ -5,7 +5,6 @@ The text encoders of an earlier stage may train along. The export is a whole `Fl
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +54,9 @@ class TextToImageTask(FlowMatchingTask):
         _initialise(self.transformer)
         self.pictures = open_pictures(self.run.data)
         self.register_buffer("latents", self._encode(self.pictures), persistent=False)  # (N, L, 4C)
-        self.register_buffer("tokens", tokenize(self.tokenizer, self.pictures.captions), persistent=False)  # (N, T)
+        self.register_buffer(
+            "tokens", tokenize(self.tokenizer, self.pictures.captions), persistent=False
+        )  # (N, T)
         self.register_buffer("no_tokens", tokenize(self.tokenizer, [""])[0], persistent=False)  # (T,)
         side = self.run.data.size // self._downscale() // 2
         image_ids = torch.zeros(side, side, 3)

@@ -159,7 +159,7 @@ class TextToVideoTask(FlowMatchingTask):
 
 
 def kept_latents(autoencoder: Any, clips: EmojiMotion, count: int, frames: int, folder: Path) -> torch.Tensor:
-    """Latents (count, C, F, H, W) of the first clips, bfloat16; read from `folder` when they were made before.
+    """Latents (count, C, F, H, W) of the first clips, bfloat16; from `folder` when they were made before.
 
     Args:
         frames: how many frames of each clip, from its beginning.

@@ -2,8 +2,10 @@
 
 The loss is the autoencoder task's, with the pixels of the objects weighted `1 + object_weight`: most of a
 clip is plain ground. It is taken before the decoder's output is clipped to [-1, 1]: clipped, a network that
-paints everything white has no gradient left. A step sees windows of one length, see `windows`. `start` names an
-earlier stage to continue from: single frames first and clips after, as Wan's own was trained.
+paints everything white has no gradient left. A step sees windows of one length, see `windows`.
+
+`start` names an earlier stage to continue from: frames first and clips after, as Wan's own was trained.
+With `decoder_only` the latents stay what they were, and a transformer that was trained on them stays of use.
 
 At export the mean and deviation of each latent channel over the data go to `latents_mean` and `latents_std`
 of the config, where `WanPipeline` looks for them.
@@ -37,6 +39,7 @@ class VideoAutoencoderOptions(AutoencoderOptions):
     """`measured_clips`: how many clips the channels' statistics and the held-out loss come from."""
 
     start: str | None = None
+    decoder_only: bool = False
     windows: Windows = Windows(lengths={1: 0.3, 5: 0.5, 17: 0.2})
     object_weight: float = Field(default=4.0, ge=0)
     measured_clips: int = Field(default=64, ge=1)
@@ -54,10 +57,15 @@ class VideoAutoencoderTask(Task):
             if isinstance(module, WanCausalConv3d):
                 module.forward = partial(causal_convolution, module)
         set_memory_format(self.autoencoder, torch.channels_last_3d, torch.channels_last)
+        if self.options.decoder_only:
+            self.autoencoder.encoder.requires_grad_(False)
+            self.autoencoder.quant_conv.requires_grad_(False)
 
     def _autoencoder(self) -> Any:
         if self.options.start is not None:
-            return AutoencoderKLWan.from_pretrained(self.stage_folder(self.options.start))
+            autoencoder = AutoencoderKLWan.from_pretrained(self.stage_folder(self.options.start))
+            autoencoder.register_to_config(_name_or_path="")  # no folder of a run in what it exports
+            return autoencoder
         model: dict[str, Any] = {**self.options.model}
         channels = model.get("z_dim", 16)
         model |= {"latents_mean": [0.0] * channels, "latents_std": [1.0] * channels}
@@ -75,14 +83,17 @@ class VideoAutoencoderTask(Task):
         frames = self.options.windows.length(noise.shared())
         count = max(1, len(indices) // frames)
         clips = [self.clips.clip(int(i)) for i in indices[:count]]
-        starts = [int(u * (clip.video.shape[1] - frames + 1)) for u, clip in zip(noise.uniform(), clips, strict=False)]
+        starts = [
+            int(u * (clip.video.shape[1] - frames + 1))
+            for u, clip in zip(noise.uniform(), clips, strict=False)
+        ]
         windows = [slice(start, start + frames) for start in starts]
         video = self._on_device(
             torch.stack([clip.video[:, window] for clip, window in zip(clips, windows, strict=True)])
         )  # (B, 3, F, H, W)
-        masks = torch.stack(
-            [clip.masks.any(0)[window] for clip, window in zip(clips, windows, strict=True)]
-        )[:, None].to(video)  # (B, 1, F, H, W)
+        masks = torch.stack([clip.masks.any(0)[window] for clip, window in zip(clips, windows, strict=True)])[
+            :, None
+        ].to(video)  # (B, 1, F, H, W)
         moments = self.autoencoder.encode(video).latent_dist
         latents = moments.mean + moments.std * noise.normal(*moments.mean.shape[1:])[:count]
         restored = decode_unclipped(self.autoencoder, latents)
@@ -122,6 +133,12 @@ class VideoAutoencoderTask(Task):
         return grid(torch.cat(rows), columns=len(rows[0]))
 
     def export(self, folder: Path) -> None:
+        if not self.options.decoder_only:
+            self._standardise()
+        set_memory_format(self.autoencoder, torch.contiguous_format, torch.contiguous_format)
+        self.autoencoder.save_pretrained(folder)
+
+    def _standardise(self) -> None:
         batches = [
             self.autoencoder.encode(self._on_device(videos([self.clips.clip(i)]))).latent_dist.mean
             for i in range(self.options.measured_clips)
@@ -130,8 +147,6 @@ class VideoAutoencoderTask(Task):
         self.autoencoder.register_to_config(
             latents_mean=latents.mean(1).tolist(), latents_std=latents.std(1).tolist()
         )
-        set_memory_format(self.autoencoder, torch.contiguous_format, torch.contiguous_format)
-        self.autoencoder.save_pretrained(folder)
 
 
 def decode_unclipped(autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -166,7 +181,7 @@ def causal_convolution(
 
 @torch.no_grad()
 def frame_by_frame(autoencoder: Any) -> None:
-    """Start as an autoencoder of single frames: no convolution looks back, of each pair of frames one is kept.
+    """Start as an autoencoder of frames: no convolution looks back, of each pair of frames one is kept.
 
     Trained on pictures first, the network then codes clips passably before it has seen one.
     """

@@ -16,7 +16,6 @@ from torch import nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from ditkit.data.clips import open_clips
-from ditkit.data.emoji_motion import Moving
 from ditkit.data.words import END, PAD, word_tokenizer
 from ditkit.training.order import BatchNoise
 from ditkit.training.tasks.base import Task, TaskOptions

@@ -11,7 +11,7 @@ from ditkit.data.config import Section
 
 
 class Windows(Section):
-    """`lengths`: frames of a clip -> share of the steps; lengths are 1 + 4k, as the causal encoder takes them."""
+    """`lengths`: frames of a clip -> share of the steps; 1 + 4k frames, as the causal encoder takes them."""
 
     lengths: dict[int, float] = Field(default={17: 1.0}, min_length=1)
 
