@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +15,7 @@ from markupsafe import Markup
 from ditkit.analysis.pictures import to_image
 from ditkit.analysis.plots import Point, scatter
 from ditkit.analysis.result import BenchResult, Row, label
+from ditkit.analysis.videos import gif
 
 _KINDS = {
     "dense": "dense sampling",
@@ -23,35 +25,41 @@ _KINDS = {
 }
 
 
-def render(result: BenchResult, title: str) -> str:
+def render(result: BenchResult, title: str, others: Sequence[BenchResult] = ()) -> str:
     """The report's HTML. Prompts, labels and notes are escaped: they are text from outside.
 
     Args:
         result: rows and pictures of a comparison.
         title: heading and name of the page.
+        others: comparisons of other models, of which the pictures and the headline are shown.
     """
     columns = result.columns()
     numbered = list(enumerate(result.rows, start=1))
     return _template().render(
         title=title,
-        prompts=result.prompts,
+        shown=[_shown(one) for one in (result, *others)],
         kinds={kind: text for kind, text in _KINDS.items() if any(row.kind == kind for row in result.rows)},
-        headline=headline(result),
         columns=[name for name, _ in columns],
         rows=[{"number": i, "row": row, "cells": [show(row) for _, show in columns]} for i, row in numbered],
-        galleries=[
-            {
-                "number": i,
-                "row": row,
-                "label": label(row),
-                "pictures": map(embedded, result.pictures[row.label]),
-            }
-            for i, row in numbered
-            if row.label in result.pictures
-        ],
         plots=[Markup(plot) for plot in _plots(numbered) if plot],
         facts={**result.settings, **result.machine},
     )
+
+
+def _shown(result: BenchResult) -> dict[str, Any]:
+    """What the page says and shows of one comparison: a row of pictures or clips for each way to draw."""
+    moving = bool(result.clips)
+    drawn, embed = (result.clips, embedded_clip) if moving else (result.pictures, embedded)
+    return {
+        "moving": moving,
+        "headline": headline(result),
+        "prompts": result.prompts,
+        "galleries": [
+            {"number": i, "row": row, "label": label(row), "pictures": map(embed, drawn[row.label])}
+            for i, row in enumerate(result.rows, start=1)
+            if row.label in drawn
+        ],
+    }
 
 
 def headline(result: BenchResult) -> str:
@@ -91,6 +99,11 @@ def embedded(picture: np.ndarray) -> str:
     stream = io.BytesIO()
     to_image(picture).save(stream, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+
+
+def embedded_clip(clip: np.ndarray) -> str:
+    """A clip (F, H, W, 3) in [0, 1] as a `data:` address of a GIF."""
+    return "data:image/gif;base64," + base64.b64encode(gif(clip)).decode("ascii")
 
 
 def _plots(numbered: list[tuple[int, Row]]) -> list[str]:
