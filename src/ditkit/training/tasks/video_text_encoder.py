@@ -50,9 +50,9 @@ class VideoTextEncoderTask(Task):
                 vocab_size=len(self.tokenizer), pad_token_id=ids(PAD), eos_token_id=ids(END), **options.umt5
             )
         )
-        self.head = nn.Linear(self.text_encoder.config.d_model, options.components)
         self.register_buffer("tokens", tokenize(self.tokenizer, captions), persistent=False)  # (N, T)
         self.register_buffer("targets", self._targets(), persistent=False)  # (N, components)
+        self.head = nn.Linear(self.text_encoder.config.d_model, self.targets.shape[1])
 
     def _targets(self) -> torch.Tensor:
         ends = []
