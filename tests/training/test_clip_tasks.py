@@ -44,6 +44,7 @@ TEXT_ENCODER = {
     "task": "video-text-encoder",
     "steps": 2,
     "batch_size": 8,
+    "optimizer": {"lr": 1e-2, "clip_grad_norm": 1.0},
     "task_options": {
         "components": 8,
         "umt5": {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2},
@@ -54,7 +55,7 @@ CLIPS = {
     "task": "text-to-video",
     "steps": 6,
     "batch_size": 10,
-    "optimizer": {"kind": "muon", "lr": 2e-3, "clip_grad_norm": 1.0},
+    "optimizer": {"kind": "muon", "lr": 5e-3, "clip_grad_norm": 1.0},
     "task_options": {
         "clips": 4,
         "windows": {"lengths": {1: 0.5, 5: 0.5}},
@@ -117,10 +118,10 @@ def test_resume_is_bit_exact(write, tmp_path, monkeypatch, stage):
 
 def test_the_losses_fall(write, tmp_path):
     once = {"data": {**SHARED["data"], "motion": {**MOTION, "spread": 0.0, "directions": ["left"]}}}
-    changes = {"steps": 80, **once}
+    changes = {"steps": 50, **once}
     clips = {**changes, "task_options": {**CLIPS["task_options"], "caption_dropout": 0.0}}
     train(write("run", autoencoder=changes, text_encoder=changes, clips=clips))
-    for stage, share in (("autoencoder", 0.5), ("text_encoder", 0.1), ("clips", 0.7)):
+    for stage, share in (("autoencoder", 0.5), ("text_encoder", 0.1), ("clips", 0.8)):
         seen = losses(tmp_path / "run" / stage)
         first, last = sum(seen[:8]) / 8, sum(seen[-16:]) / 16
         assert last < share * first, (stage, first, last)
