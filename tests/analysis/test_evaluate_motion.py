@@ -11,7 +11,6 @@ from ditkit.data.emoji_motion import EmojiMotion, read_caption
 from ditkit.data.motions import VOCABULARY
 from tiny_pipelines import flux, wan
 
-
 EIGHT = MotionConfig(objects=list(VOCABULARY[:8]), spread=0.5)
 
 
