@@ -185,11 +185,11 @@ def _encode(autoencoder: Any, clips: EmojiMotion, indices: range, frames: int) -
     return torch.cat(parts)
 
 
-def _initialise(transformer: WanTransformer3DModel) -> None:
+def _initialise(transformer: Any) -> None:
     initialise(transformer)
-    torch.nn.init.xavier_uniform_(transformer.patch_embedding.weight.data.flatten(1))
-    torch.nn.init.zeros_(transformer.patch_embedding.bias.data)
     with torch.no_grad():
+        torch.nn.init.xavier_uniform_(transformer.patch_embedding.weight.flatten(1))
+        torch.nn.init.zeros_(transformer.patch_embedding.bias)
         for block in transformer.blocks:
             block.scale_shift_table[:, [2, 5]] = 0  # the gates of self-attention and feed-forward
     zero(

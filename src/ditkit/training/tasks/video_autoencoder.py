@@ -173,9 +173,8 @@ def causal_convolution(
 ) -> torch.Tensor:
     """`WanCausalConv3d.forward`; a first frame, with nothing but zeros before it, as a 2-D convolution."""
     if cache_x is None and x.shape[2] == 1 and layer.stride == (1, 1, 1):
-        columns, rows = layer._padding[0], layer._padding[2]
-        flat = F.conv2d(x[:, :, 0], layer.weight[:, :, -1], layer.bias, padding=(rows, columns))
-        return flat[:, :, None]
+        padding = (int(layer._padding[2]), int(layer._padding[0]))  # rows, columns
+        return F.conv2d(x[:, :, 0], layer.weight[:, :, -1], layer.bias, padding=padding)[:, :, None]
     return WanCausalConv3d.forward(layer, x, cache_x)
 
 
@@ -192,7 +191,7 @@ def frame_by_frame(autoencoder: Any) -> None:
             repeats = module.time_conv.out_channels // module.time_conv.in_channels
             one = torch.eye(module.time_conv.in_channels).repeat(repeats, 1)
             module.time_conv.weight[:, :, -1] = one[:, :, None, None]
-            torch.nn.init.zeros_(module.time_conv.bias)
+            module.time_conv.bias.zero_()  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def set_memory_format(model: nn.Module, video: torch.memory_format, image: torch.memory_format) -> None:
