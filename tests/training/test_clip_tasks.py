@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from ditkit.training import trainer as training
-from ditkit.training.config import ConfigError
+from ditkit.training.config import ConfigError, load
+from ditkit.training.tasks.text_to_video import TextToVideoTask
 from ditkit.training.tasks.windows import Windows
 from ditkit.training.trainer import train
 
@@ -59,6 +60,8 @@ CLIPS = {
     "task_options": {
         "clips": 4,
         "windows": {"lengths": {1: 0.5, 5: 0.5}},
+        "thinned": 0.5,
+        "thinned_frames": 2,
         "storage": "float32",
         "transformer": {
             "patch_size": [1, 1, 1], "num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 48,
@@ -134,6 +137,20 @@ def test_latents_are_kept_beside_the_autoencoder(write, tmp_path):
     assert latents.shape == (4, 4, 3, 4, 4) and latents.dtype == torch.bfloat16
     facts = json.loads((tmp_path / "run" / "clips" / "export" / "call.json").read_text())
     assert facts == {"height": 32, "width": 32, "num_frames": 5, "guidance_scale": 2.0}
+
+
+def test_thinned_clips_keep_their_places_in_time(write, tmp_path):
+    """Frames far apart, seen alone, have the rotary factors they have in the whole clip."""
+    train(write("run", clips={"steps": 1}))
+    file = load(write("run", clips={"steps": 1}))
+    folders = {name: tmp_path / "run" / name for name in ("autoencoder", "text_encoder")}
+    task = TextToVideoTask(file.stages[-1], tmp_path / "run" / "clips", folders)
+    whole = task.transformer.rope(torch.zeros(1, 4, 3, 4, 4))
+    task._places = [0, 2]
+    thin = task.transformer.rope(torch.zeros(1, 4, 2, 4, 4))
+    for one, other in zip(whole, thin, strict=True):
+        kept = one.unflatten(1, (3, 16))[:, [0, 2]].flatten(1, 2)
+        assert torch.equal(other, kept) and not torch.equal(other, one[:, :32])
 
 
 def test_lengths():

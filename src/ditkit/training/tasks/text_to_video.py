@@ -3,12 +3,16 @@
 The text encoder of an earlier stage may train along. Steps of single frames and of whole clips alternate as
 `windows` says; a single frame is the beginning of a clip, with the clip's caption. The latents are encoded
 once and kept beside the autoencoder. The export is a whole `WanPipeline` folder.
+
+Steps of thinned clips see some latent frames of each clip, drawn for the step, at their own places in time:
+the same motion in a third of the tokens, and so three times the clips.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +41,15 @@ GUIDANCE = 2.0
 
 class TextToVideoOptions(FlowMatchingOptions):
     """`clips`: how many are encoded; `start`: an earlier stage of this task to continue from, else fresh
-    weights; `shift`: of the sampling times, towards the noisy end."""
+    weights; `thinned`: share of the steps of whole clips that see only `thinned_frames` of their latent
+    frames; `shift`: of the sampling times, towards the noisy end."""
 
     text_encoder: str = "text_encoder"
     start: str | None = None
     clips: int = Field(default=1000, ge=1)
     windows: Windows = Windows()
+    thinned: float = Field(default=0.0, ge=0, le=1)
+    thinned_frames: int = Field(default=3, ge=1)
     shift: float = Field(default=1.0, gt=0)
 
 
@@ -65,6 +72,10 @@ class TextToVideoTask(FlowMatchingTask):
         self.autoencoder = AutoencoderKLWan.from_pretrained(coder).requires_grad_(False)
         self.autoencoder.register_to_config(_name_or_path="")
         self.transformer = self._transformer()
+        self.transformer.rope.forward = partial(self._rotary, self.transformer.rope.forward)
+        self._places: list[int] | None = (
+            None  # of the latent frames that the transformer sees; None: from 0 on
+        )
         self.clips = open_clips(self.run.data, self.run.seed)
         self.frames = max(options.windows.lengths)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.run.precision == "bf16"):
@@ -96,9 +107,27 @@ class TextToVideoTask(FlowMatchingTask):
 
     def forward(self, indices: torch.Tensor, noise: BatchNoise) -> dict[str, torch.Tensor]:
         frames = self.options.windows.length(noise.shared())
+        places = list(range(self._latent_frames(frames)))
+        if frames == self.frames and noise.shared() < self.options.thinned:
+            drawn = torch.tensor([noise.shared() for _ in places]).argsort()[: self.options.thinned_frames]
+            places = sorted(drawn.tolist())
+            frames = (len(places) - 1) * self.autoencoder.config.scale_factor_temporal + 1
         rows = max(1, len(indices) // frames)
-        latents = self.latents[indices[:rows], :, : self._latent_frames(frames)].float()
-        return {"loss": self.flow_loss(latents, self.tokens[indices[:rows]], noise, rows)}
+        latents = self.latents[indices[:rows]][:, :, places].float()
+        self._places = places
+        try:
+            return {"loss": self.flow_loss(latents, self.tokens[indices[:rows]], noise, rows)}
+        finally:
+            self._places = None
+
+    def _rotary(self, rotary: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The transformer's rotary factors (1, F H W, 1, D), for frames at other places than 0, 1, 2, ..."""
+        if self._places is None:
+            return rotary(hidden_states)
+        last = self._places[-1] + 1
+        full = rotary(hidden_states[:, :, :1].expand(-1, -1, last, -1, -1))
+        cos, sin = (part.unflatten(1, (last, -1))[:, self._places].flatten(1, 2) for part in full)
+        return cos, sin
 
     def _latent_frames(self, frames: int) -> int:
         return (frames - 1) // self.autoencoder.config.scale_factor_temporal + 1
