@@ -148,6 +148,9 @@ def bench(
         settings=_settings(name or _name(model), pipe, sampling, repeats, batch),
         machine=machine(pipe),
         pictures={e.row.label: e.samples[0].pictures for e in everyone if e.samples},
+        clips={
+            e.row.label: e.samples[0].clips for e in everyone if e.samples and e.samples[0].clips is not None
+        },
     )
 
 
