@@ -123,14 +123,15 @@ def read_prompts(path: Path | None) -> list[str]:
 
 
 def judge_of(model: str) -> Any:
-    """Who tells whether pictures show what their prompts name: the emoji set, for pipelines that draw it."""
+    """Who tells whether pictures show what their prompts name: the emoji, for pipelines that draw them."""
     from ditkit.hub import BUNDLED
 
     if model not in BUNDLED:
         return None
     from ditkit.analysis.evaluate import Judge
+    from ditkit.analysis.motion_judge import MotionJudge
 
-    return Judge()
+    return MotionJudge() if model == "micro-wan" else Judge()
 
 
 @contextlib.contextmanager

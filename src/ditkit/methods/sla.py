@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditkit.fitting import artifact
-from ditkit.registry import Paper, register
+from ditkit.registry import Choice, Paper, Search, register
 from ditkit.seams import executors, weights
 from ditkit.seams.apply import Host
 from ditkit.seams.attention import AttentionCall
@@ -76,6 +76,9 @@ class SLA:
     """
 
     claims: ClassVar[frozenset[str]] = frozenset({"attention"})
+    search: ClassVar[Search] = {
+        "topk": Choice((0.2, 0.1, 0.05)),
+    }
 
     topk: float = 0.2
     variant: Variant = "v2"
