@@ -331,7 +331,7 @@ class AttentionSeam:
         if begin is not None:
             begin(self.host.clock.step)
         self._running.value, self._grid = layout, layout.grid
-        device = self.host.arguments[self.host.anatomy.sample].device
+        device = self.host.device()
         for kind, view, heads in self._kinds:
             seen = _seen_by(kind, view, layout)
             self._recent[kind, view, seen.length] = layout

@@ -20,7 +20,7 @@ from ditkit.seams.errors import SeamError
 from ditkit.seams.hooking import Around, Forward, Hooks
 from ditkit.seams.layout import TokenLayout
 from ditkit.seams.stats import Stats, counting
-from ditkit.seams.steps import Step, StepClock
+from ditkit.seams.steps import Step, StepClock, shape_of
 from ditkit.seams.tokens import TokenSeam
 
 _OUTWARDS = ("attention", "tokens", "blocks")
@@ -86,6 +86,7 @@ class Host:
         self.running = False
         self.attaching = ""
         self.arguments: dict[str, Any] = {}
+        self._text: int | None = None
         self._signature = inspect.signature(type(model).forward)
         self._removers: list[Callable[[], None]] = []
         self._notes: list[Callable[[], list[str]]] = []
@@ -133,7 +134,17 @@ class Host:
     def text_length(self) -> int:
         """Text tokens in the joint sequence of the forward that runs; of what cross-attention reads, where
         the text has attention modules of its own."""
-        return self.anatomy.text_tokens(self.anatomy, self.model, self.arguments)
+        if self._text is None:
+            # Once for each forward: some classes have to read a mask to know.
+            self._text = self.anatomy.text_tokens(self.anatomy, self.model, self.arguments)
+        return self._text
+
+    def device(self) -> torch.device:
+        """Where the sample of the forward that runs is."""
+        sample = self.arguments[self.anatomy.sample]
+        while not isinstance(sample, Tensor):
+            sample = sample[0]
+        return sample.device
 
     def image_rows(self) -> slice:
         """The image tokens in the joint sequence of the forward that runs, computed or not."""
@@ -197,7 +208,7 @@ class Host:
             return forward(*args, **kwargs)
         arguments = dict(self._signature.bind_partial(self.model, *args, **kwargs).arguments)
         arguments.pop("self", None)
-        self.arguments = arguments
+        self.arguments, self._text = arguments, None
         step = self.clock.begin(arguments, self._root.context)
         start = time.perf_counter()
         self.running = True
@@ -207,7 +218,7 @@ class Host:
             if "attention" in vars(self):
                 self.attention.begin()
             shapes = _shapes(arguments)
-            output = self._counted(forward, args, kwargs, shapes)
+            output = self._counted(self.blocks.around_model(forward), args, kwargs, shapes)
             for finisher in self._finishers:
                 output = _exchanged(output, finisher(step, _sample(output)))
         except BaseException:
@@ -282,6 +293,4 @@ def _exchanged(output: Any, sample: Tensor) -> Any:
 
 
 def _shapes(arguments: dict[str, Any]) -> Hashable:
-    return tuple(
-        (name, tuple(value.shape) if isinstance(value, Tensor) else None) for name, value in arguments.items()
-    )
+    return tuple((name, shape_of(value)) for name, value in arguments.items())

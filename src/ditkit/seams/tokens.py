@@ -66,6 +66,7 @@ class TokenSeam:
     def __init__(self, host: Host) -> None:
         self._host = host
         self._blocks = host.anatomy.blocks(host.model)
+        self._first = next((at for at, (stack, *_) in enumerate(self._blocks) if not stack.whole), 0)
         self._choice: TokenChoice | None = None
         self.owner: str | None = None
         self.active: Active | None = None
@@ -124,13 +125,13 @@ class TokenSeam:
         self, place: int, stack: Stack, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         choice = self._choice
-        if choice is None or not self._host.running:
+        if choice is None or not self._host.running or place < self._first:
             return forward(*args, **kwargs)
         named = {**dict(zip(stack.arguments, args, strict=False)), **kwargs}
         rest = args[len(stack.arguments) :]
         first, last = stack.arguments[0], place == len(self._blocks) - 1
         image = self._host.image_rows() if stack.joint else slice(None)
-        if place == 0:
+        if place == self._first:
             self._enter(choice, named[first][:, image])
             if self._groups:
                 named[first] = splice(named[first], image, self._gather(named[first][:, image]))

@@ -9,11 +9,11 @@ from torch import nn
 
 from ditkit.seams.anatomy import Anatomy, Arguments, Attention, Stack, Unit
 from ditkit.seams.facts.grids import controlled, packed_grid
-from ditkit.seams.facts.rows import columns, modulation, pair
+from ditkit.seams.facts.rows import modulation, pair, table
 from ditkit.seams.facts.stacks import FEED_FORWARDS, TEXT_FIRST, double_stream, single_stream
 
 _ARGUMENTS = ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb")
-_ROTARY = {"image_rotary_emb": pair(0, prefix=True)}
+_ROTARY = {"image_rotary_emb": pair(0, "prefix")}
 _DOUBLE = double_stream("transformer_blocks", _ARGUMENTS, TEXT_FIRST, _ROTARY)
 
 _FLUX = Anatomy(
@@ -28,6 +28,7 @@ _FLUX = Anatomy(
 _BRIA_FIBO = dataclasses.replace(
     _FLUX,
     name="BriaFiboTransformer2DModel",
+    packed=1,
     # Between the blocks, half of the text's channels are replaced by a layer of the text encoder.
     stacks=(
         _DOUBLE,
@@ -48,7 +49,7 @@ _OVIS = dataclasses.replace(
     ),
 )
 
-_CHROMA_ROWS = {**_ROTARY, "attention_mask": columns(prefix=True)}
+_CHROMA_ROWS = {**_ROTARY, "attention_mask": table(-1, "prefix")}
 _CHROMA = dataclasses.replace(
     _FLUX,
     name="ChromaTransformer2DModel",
