@@ -37,6 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "draft-attention": {"sparsity": 0.5, "pool": "4x4"},
     "grat": {"group": "4x4"},
     "re-ttention": {"keep": 0.5, "band": "exact"},
+    "ras": {"sample_ratio": 0.5, "skip_multiple": 1},
 }
 
 

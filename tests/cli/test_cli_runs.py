@@ -172,6 +172,8 @@ def test_methods(ditkit) -> None:
 
 def test_models(ditkit) -> None:
     assert "micro-flux" in ditkit("models").stdout
+    listed = ditkit("models", "--classes").stdout
+    assert "WanTransformer3DModel" in listed and "PriorTransformer" in listed
 
 
 def test_emoji(ditkit, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ METHODS = entries("method")
 ACTIVE: dict[str, dict[str, Any]] = {
     "taylorseer": {"interval": 3, "order": 2},
     "local-window": {"radius": 1},
+    "ras": {"start": 2, "error_reset_steps": (5,)},
     # By the mean over a batch samples do depend on each other; its own tests show that.
     "cg-taylor": {"threshold": 0.1, "warmup": 2, "per_sample": True, "passes": "each"},
     "grat": {"group": (1, 2, 1)},
