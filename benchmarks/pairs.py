@@ -76,7 +76,9 @@ def claims(
     for (one, other), found in pairs.items():
         both = f"{one} + {other}"
         if isinstance(found, str):
-            made.append(Claim("pairs", f"{both}: refused before any work", "ditkit", found, True, where))
+            named = all(registry.get("method", name).target.__name__ in found for name in (one, other))
+            claim = f"{both}: refused before any work, by both names"
+            made.append(Claim("pairs", claim, "ditkit", found, named, where))
             continue
         limit = 2 * (single[one].error + single[other].error)
         made.append(
