@@ -6,11 +6,12 @@ all of them, and times are medians. Errors are taken against dense sampling from
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import platform
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,18 @@ class _Entrant:
     out: bool = False
 
 
+@contextlib.contextmanager
+def _settled_heap() -> Iterator[None]:
+    """What is there already is passed over by the collections between runs, which then take no time."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@_settled_heap()
 def bench(
     model: Any,
     methods: Sequence[Any] = (),
@@ -97,7 +110,7 @@ def bench(
     if not prompts:
         raise ValueError("prompts is empty; at least one is needed")
     entered = [who.enter(method) for method in methods]
-    pipe = _pipeline(model)
+    pipe = pipeline_of(model)
     sampling = sampling or Sampling()
     if peers:
         intervals = [n for method in methods for n in _intervals(method)]
@@ -116,7 +129,8 @@ def bench(
         note(f"counting: {entrant.contestant.label}", index)
         _count(pipe, entrant, prompts[:batch], base)
     if plain:
-        for steps in sorted(_computed(everyone) - {sampling.steps}, reverse=True):
+        there = {entrant.row.steps for entrant in everyone if entrant.row.kind in ("dense", "plain")}
+        for steps in sorted(_computed(everyone) - there, reverse=True):
             everyone.append(_entrant(who.plain(steps), sampling))
             note(f"counting: {everyone[-1].contestant.label}", len(everyone) - 1)
             _count(pipe, everyone[-1], prompts[:batch], base)
@@ -135,9 +149,7 @@ def bench(
         machine=machine(pipe),
         pictures={e.row.label: e.samples[0].pictures for e in everyone if e.samples},
         clips={
-            e.row.label: e.samples[0].clips
-            for e in everyone
-            if e.samples and e.samples[0].clips is not None
+            e.row.label: e.samples[0].clips for e in everyone if e.samples and e.samples[0].clips is not None
         },
     )
 
@@ -149,7 +161,7 @@ def _expect(everyone: Sequence[_Entrant], expected: Sequence[Expectation]) -> No
             row.ceiling, row.predicted = said[row.label].ceiling, said[row.label].time_ratio
 
 
-def _pipeline(model: Any) -> Any:
+def pipeline_of(model: Any) -> Any:
     if isinstance(model, (str, Path)):
         from ditkit.hub import load
 
@@ -207,7 +219,8 @@ def _count(pipe: Any, entrant: _Entrant, prompts: Sequence[str], base: Sequence[
     row.bytes_peak = spent.bytes_peak
     row.steps_computed = _steps_computed(spent, entrant.sampling.steps)
     if alive and row.kind != "plain":
-        row.bytes_cached = max(mine - theirs for mine, theirs in zip(alive, base or alive, strict=True))
+        beside = base if len(base) == len(alive) else [max(base or alive)] * len(alive)
+        row.bytes_cached = max(mine - theirs for mine, theirs in zip(alive, beside, strict=True))
     if report is not None:
         row.steps_computed = report.steps_computed
         row.notes += report.notes

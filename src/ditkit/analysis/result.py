@@ -111,7 +111,7 @@ class BenchResult:
         """One page; of `others`, results for other models, it shows the pictures and the headline."""
         from ditkit.analysis.report import render
 
-        return write_text(path, render(self, title, others))
+        return write_text(path, render(self, title, others=others))
 
     def columns(self, rank: int = 3) -> list[tuple[str, Callable[[Row], str]]]:
         """Title and text of the columns up to that rank that hold something."""

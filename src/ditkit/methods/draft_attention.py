@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ditkit.registry import Paper, register
+from ditkit.registry import Choice, Paper, Search, register
 from ditkit.seams import executors
 from ditkit.seams.attention import AttentionCall
 from ditkit.seams.layout import TokenLayout
@@ -78,6 +78,12 @@ class DraftAttention:
     """
 
     claims: ClassVar[frozenset[str]] = frozenset({"attention"})
+    search: ClassVar[Search] = {
+        "sparsity": Choice((0.5, 0.75, 0.9)),
+        "pool": Choice(("8x16", "8x8")),
+        "dense_steps": Choice((0.25, 0.1, 0.0)),
+        "dense_blocks": Choice((1, 0)),
+    }
 
     sparsity: float = 0.75
     pool: Grid | str = (1, 8, 16)

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ditkit import registry
-from ditkit.registry import Paper, register
+from ditkit.registry import Choice, Paper, Range, Search, register
 from ditkit.seams import executors
 from ditkit.seams.attention import AttentionCall
 from ditkit.seams.layout import TokenLayout
@@ -93,6 +93,11 @@ class ReTtention:
     """
 
     claims: ClassVar[frozenset[str]] = frozenset({"attention"})
+    search: ClassVar[Search] = {
+        "keep": Choice((0.25, 0.125, 0.03125)),
+        "refresh": Range(3, 10),
+        "warmup": Choice((None, 1, 3)),
+    }
 
     keep: float = 0.03125
     window: int | None = None
