@@ -14,6 +14,7 @@ import torch
 
 BUNDLED = {
     "micro-flux": "text to 64 x 64 pictures of the emoji set, a FluxPipeline of a few million parameters",
+    "micro-wan": "text to clips of 17 frames of 64 x 64, one emoji moving, a WanPipeline of 7 million",
 }
 CALL_FILE = "call.json"
 """Arguments of a plain call, beside model_index.json: the sizes that a small pipeline was trained with."""

@@ -12,6 +12,8 @@ from PIL import Image, ImageSequence
 
 from ditkit.analysis import demo as library
 from ditkit.analysis.sampling import Sampling
+from ditkit.data.config import MotionConfig
+from ditkit.data.emoji_motion import EmojiMotion
 from ditkit.hub import load
 
 
@@ -59,6 +61,17 @@ def test_eval_of_clips(ditkit, clips_folder: Path) -> None:
     assert len(facts["wrong"]) == round(3 * (1 - facts["shares"]["both"]))
     assert frames_of(Path("e/clips.gif"))[0].shape == (64, 3 * 64, 3)
     assert re.search(r"real clips\W+100.0 %", result.stdout)
+
+
+def test_a_preview_of_the_training_clips(ditkit) -> None:
+    result = ditkit("data motion --count 7 --objects 2 --seed 3 --preview clips.gif")
+    assert result.exit_code == 0, result.output
+    *captions, name = result.stdout.splitlines()
+    assert name == "clips.gif" and len(captions) == 7
+    clips = EmojiMotion(MotionConfig(count=(1, 2)), seed=3)
+    assert all(line.endswith(clips.scene(i)[2]) for i, line in enumerate(captions))
+    assert frames_of(Path("clips.gif"))[0].shape == (2 * 64, 6 * 64, 3)
+    assert ditkit("data motion --preview clips.png").exit_code == 2
 
 
 def test_the_demo_has_a_row_of_clips(monkeypatch, folder: Path, clips_folder: Path, tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_methods(ditkit) -> None:
 
 def test_models(ditkit) -> None:
     assert "micro-flux" in ditkit("models").stdout
-    listed = ditkit("models", "--classes").stdout
+    listed = ditkit("models --classes").stdout
     assert "WanTransformer3DModel" in listed and "PriorTransformer" in listed
 
 

@@ -84,7 +84,7 @@ def bench(
     pipe = load(model)
     for opened in recipes:
         opened.check(pipe)
-    texts = texts or list(library.PROMPTS)
+    texts = texts or library.prompts_for(pipe)
     sampling = Sampling(steps or STEPS, guidance, pixels, seed)
     expected = show_expected(pipe, methods, texts[:batch], sampling) if explain else ()
     with bench_bar() as progress:
