@@ -1,6 +1,6 @@
 """How often micro-wan shows the object and the motion it was asked for, and how it compares with real clips.
 
-    python benchmarks/micro_wan.py [--count 100] [--steps 28] [--guidance G]
+python benchmarks/micro_wan.py [--count 100] [--steps 28] [--guidance G]
 """
 
 from __future__ import annotations
