@@ -86,10 +86,12 @@ def detail(entry) -> None:
     console.print(f"seam: {', '.join(entry.seam)}; needs: {', '.join(entry.needs)}", highlight=False)
     if not dataclasses.is_dataclass(entry.target):
         return
-    table = Table("option", "type", "default", header_style="bold", pad_edge=False)
+    table = Table("option", "type", "default", "tune tries", header_style="bold", pad_edge=False)
+    search = getattr(entry.target, "search", {})
     for field in registry.options(entry).values():
         default = "" if field.default is dataclasses.MISSING else str(field.default)
-        table.add_row(field.name, escape(str(field.type)), escape(default))
+        tried = escape(str(search.get(field.name, "")))
+        table.add_row(field.name, escape(str(field.type)), escape(default), tried)
     console.print(table)
     neutral = ",".join(f"{key}={value}" for key, value in entry.neutral.items())
     if neutral:

@@ -120,6 +120,8 @@ class Anatomy:
         sample: name of the forward's noisy input.
         encoder: names of the forward's text states, each (B, T, C), joined along T in the model.
         text_mask: names of the forward's (B, T) masks of valid text tokens, joined the same way.
+        channels: axis of the channels in clips of five dimensions.
+        packed: the pipeline packs packed x packed pixels into a token of (B, L, C), channel by channel.
         text_tokens: (these facts, model, arguments) -> T of the joint sequence, where it is not the length of
             the text states.
         timestep: name of the forward's timestep argument.
@@ -139,6 +141,8 @@ class Anatomy:
     sample: str = "hidden_states"
     encoder: tuple[str, ...] = ("encoder_hidden_states",)
     text_mask: tuple[str, ...] = ()
+    channels: int = 1
+    packed: int = 1
     text_tokens: Callable[[Anatomy, nn.Module, Arguments], int] = text_tokens
     timestep: str = "timestep"
     falling_time: bool = True
@@ -206,15 +210,17 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
 def known() -> dict[str, Anatomy]:
     """The facts by class name."""
     from ditkit.seams.facts import FACTS
+    from ditkit.seams.facts.ours import OURS
 
-    return FACTS
+    return {**FACTS, **OURS}
 
 
 def unsupported() -> dict[str, str]:
     """Class name -> why no method runs on it, for the transformer classes of diffusers without facts."""
     from ditkit.seams.facts import UNSUPPORTED
+    from ditkit.seams.facts.ours import REFUSED
 
-    return UNSUPPORTED
+    return {**UNSUPPORTED, **REFUSED}
 
 
 def describe(model: nn.Module) -> Anatomy:

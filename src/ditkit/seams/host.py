@@ -20,7 +20,7 @@ from ditkit.seams.errors import SeamError
 from ditkit.seams.hooking import Around, Forward, Hooks
 from ditkit.seams.layout import TokenLayout
 from ditkit.seams.stats import Stats, counting
-from ditkit.seams.steps import StepClock, shape_of
+from ditkit.seams.steps import Step, StepClock, shape_of
 from ditkit.seams.tokens import TokenSeam
 
 _OUTWARDS = ("attention", "tokens", "blocks")
@@ -91,6 +91,7 @@ class Host:
         self._removers: list[Callable[[], None]] = []
         self._notes: list[Callable[[], list[str]]] = []
         self._layouts: dict[Hashable, TokenLayout] = {}
+        self._finishers: list[Callable[[Step, Tensor], Tensor]] = []
         self._seen: TokenLayout | None = None
         self._root = _Root(self.around)
         self.blocks = BlockSeam(self)
@@ -106,6 +107,10 @@ class Host:
     def on_remove(self, callback: Callable[[], None]) -> None:
         """Call back when the methods are taken off, after the last forward."""
         self._removers.append(callback)
+
+    def finish(self, finisher: Callable[[Step, Tensor], Tensor]) -> None:
+        """Let a method put another tensor of the same shape in place of the model's output."""
+        self._finishers.append(finisher)
 
     def note(self, notes: Callable[[], list[str]]) -> None:
         """Let a method add plain words to the report when it is asked for."""
@@ -183,6 +188,7 @@ class Host:
                 failures.append(failure)
         self._removers.clear()
         self._notes.clear()
+        self._finishers.clear()
         self.arguments = {}
         self._layouts.clear()
         if failures:
@@ -212,7 +218,9 @@ class Host:
             if "attention" in vars(self):
                 self.attention.begin()
             shapes = _shapes(arguments)
-            output = self._counted(forward, args, kwargs, shapes)
+            output = self._counted(self.blocks.around_model(forward), args, kwargs, shapes)
+            for finisher in self._finishers:
+                output = _exchanged(output, finisher(step, _sample(output)))
         except BaseException:
             self.clock.restart()
             raise
@@ -268,6 +276,20 @@ def _depth(method: Method) -> int:
 def inside(module: nn.Module) -> nn.Module:
     """The model inside what `torch.compile` returns."""
     return getattr(module, "_orig_mod", module)
+
+
+def _sample(output: Any) -> Tensor:
+    """The tensor in what a model returned: a tensor, a tuple or a ModelOutput."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _exchanged(output: Any, sample: Tensor) -> Any:
+    if isinstance(output, Tensor):
+        return sample
+    if isinstance(output, tuple):
+        return (sample, *output[1:])
+    output[next(iter(output))] = sample
+    return output
 
 
 def _shapes(arguments: dict[str, Any]) -> Hashable:

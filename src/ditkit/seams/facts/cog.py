@@ -14,6 +14,7 @@ _JOINT = (Attention("attn1", "joint"),)
 
 _COGVIDEOX = Anatomy(
     name="CogVideoXTransformer3DModel",
+    channels=2,
     text="prefix",
     grid=frames_first,
     stacks=(

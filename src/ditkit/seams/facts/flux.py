@@ -20,6 +20,7 @@ _FLUX = Anatomy(
     name="FluxTransformer2DModel",
     text="prefix",
     grid=packed_grid,
+    packed=2,
     no_tokens=controlled,
     stacks=(_DOUBLE, single_stream("single_transformer_blocks", _ARGUMENTS, _ROTARY, TEXT_FIRST)),
 )
@@ -27,6 +28,7 @@ _FLUX = Anatomy(
 _BRIA_FIBO = dataclasses.replace(
     _FLUX,
     name="BriaFiboTransformer2DModel",
+    packed=1,
     # Between the blocks, half of the text's channels are replaced by a layer of the text encoder.
     stacks=(
         _DOUBLE,
@@ -76,6 +78,7 @@ _FLUX2 = Anatomy(
     name="Flux2Transformer2DModel",
     text="prefix",
     grid=packed_grid,
+    packed=2,
     no_tokens=_references,
     stacks=(
         Stack(
@@ -118,6 +121,7 @@ _FLUX3 = Anatomy(
     name="Flux3Transformer2DModel",
     text="prefix",
     grid=packed_grid,
+    packed=2,
     no_tokens=_conditions,
     stacks=(
         # `txt_mode_blocks` see text only and `mode_blocks.image_cond` the reference only: left alone.

@@ -23,6 +23,7 @@ _QWEN = Anatomy(
     name="QwenImageTransformer2DModel",
     text="prefix",
     grid=listed_grid,
+    packed=2,
     text_mask=("encoder_hidden_states_mask",),
     no_tokens=controlled,
     stacks=(
