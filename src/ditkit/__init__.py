@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ditkit.analysis.bench import bench
+    from ditkit.analysis.tune import tune
     from ditkit.hub import load
     from ditkit.methods.cg_taylor import CGTaylor
     from ditkit.methods.clear import LocalWindow
@@ -27,6 +28,7 @@ _HOMES = {
     "Run": "ditkit.seams.apply",
     "load": "ditkit.hub",
     "bench": "ditkit.analysis.bench",
+    "tune": "ditkit.analysis.tune",
     "Recipe": "ditkit.recipes",
     "train": "ditkit.training.trainer",
     "TaylorSeer": "ditkit.methods.taylorseer",
@@ -49,6 +51,7 @@ __all__ = [
     "bench",
     "load",
     "train",
+    "tune",
 ]
 
 

@@ -25,8 +25,15 @@ def methods(
 
 def models(
     name: Annotated[str | None, typer.Argument(help="Show this model's options.")] = None,
+    classes: Annotated[
+        bool,
+        typer.Option("--classes", help="List what methods can do on each transformer class of diffusers."),
+    ] = False,
 ) -> None:
     """List the bundled pipelines and the architectures."""
+    if classes:
+        _show_classes()
+        return
     if name is None:
         from ditkit.hub import BUNDLED
 
@@ -35,6 +42,23 @@ def models(
             table.add_row(bundled, summary)
         console.print(table)
     _show("model", name)
+
+
+def _show_classes() -> None:
+    from ditkit.seams.anatomy import Seam
+    from ditkit.seams.coverage import rows
+    from ditkit.seams.facts import UNSUPPORTED
+
+    seams: tuple[Seam, ...] = ("stack", "units", "tokens", "attention")
+    table = Table("class", "text", *seams, header_style="bold", pad_edge=False)
+    for row in rows():
+        table.add_row(row.name, row.text, *("yes" if row.allows(seam) else "no" for seam in seams))
+    console.print(table)
+    console.print("stack: skip the blocks; units: replace parts of a block; tokens: leave tokens out")
+    table = Table("not supported", "reason", header_style="bold", pad_edge=False)
+    for name, reason in sorted(UNSUPPORTED.items()):
+        table.add_row(name, reason)
+    console.print(table)
 
 
 def _show(kind: str, name: str | None) -> None:
@@ -62,10 +86,12 @@ def detail(entry) -> None:
     console.print(f"seam: {', '.join(entry.seam)}; needs: {', '.join(entry.needs)}", highlight=False)
     if not dataclasses.is_dataclass(entry.target):
         return
-    table = Table("option", "type", "default", header_style="bold", pad_edge=False)
+    table = Table("option", "type", "default", "tune tries", header_style="bold", pad_edge=False)
+    search = getattr(entry.target, "search", {})
     for field in registry.options(entry).values():
         default = "" if field.default is dataclasses.MISSING else str(field.default)
-        table.add_row(field.name, escape(str(field.type)), escape(default))
+        tried = escape(str(search.get(field.name, "")))
+        table.add_row(field.name, escape(str(field.type)), escape(default), tried)
     console.print(table)
     neutral = ",".join(f"{key}={value}" for key, value in entry.neutral.items())
     if neutral:

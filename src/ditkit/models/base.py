@@ -52,6 +52,11 @@ class ClassConditionalModel(ModelMixin, ConfigMixin, CacheMixin):
             return torch.full((batch,), self.y_embedder.null_label, dtype=torch.long, device=self.device)
         return class_labels
 
+    def default_guidance(self) -> GuidedChannels:
+        """The channels that the authors guide, all where there are fewer."""
+        authors = self.authors_guidance
+        return authors if isinstance(authors, str) else min(authors, self.in_channels)
+
     def forward_with_cfg(
         self,
         hidden_states: Tensor,
@@ -81,7 +86,7 @@ class ClassConditionalModel(ModelMixin, ConfigMixin, CacheMixin):
             raise ValueError(
                 f"guidance needs labels and null labels in equal number: batch {hidden_states.shape[0]}"
             )
-        asked = self.authors_guidance if guidance_channels is None else guidance_channels
+        asked = self.default_guidance() if guidance_channels is None else guidance_channels
         channels = guided_channels(asked, self.in_channels)
         first_half = hidden_states[: hidden_states.shape[0] // 2]
         both = torch.cat([first_half, first_half])

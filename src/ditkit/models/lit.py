@@ -2,12 +2,12 @@
 
 "LiT: Delving into a Simplified Linear Diffusion Transformer for Image Generation", arXiv 2501.12976. Every
 self-attention becomes `phi(q) (phi(k)^T v) / (phi(q) sum phi(k))` with phi = ReLU + 1e-6, plus a depthwise
-5 x 5 convolution of the values; all else is a DiT. Everything but the attention is inherited from a converged
-DiT (`inherit`), and the student follows a frozen teacher's noise and variance (`distillation_losses`). The
-authors' code was not available: the module follows public descriptions of it. Inferred, and options here: q
-and kv have a bias as DiT's (`qkv_bias`); heads of B and L (2 and 4); the distance is the mean over the
-elements of the raw output. In the text model the authors attend in float32 (`upcast_attention`). The paper's
-text-to-image student (PixArt) is not here.
+5 x 5 convolution of the values; all else is a DiT. Everything but the attention is inherited from a
+converged DiT (`inherit`), and the student follows a frozen teacher's noise and variance
+(`distillation_losses`). The authors' code was not available: the module follows public descriptions of it.
+Inferred, and options here: q and kv have a bias as DiT's (`qkv_bias`); heads of B and L (2 and 4); the
+distance is the mean over the elements of the raw output. In the text model the authors attend in float32
+(`upcast_attention`). The paper's text-to-image student (PixArt) is not here.
 
 Dimensions: B batch, T = R S tokens of a grid, D width, N heads, E = D/N head width.
 """

@@ -1,13 +1,13 @@
 """Switch-DiT: a sparse mixture of experts, gated by the timestep, makes the mask of every DiT block.
 
-"Switch Diffusion Transformer: Synergizing Denoising Tasks with Sparse Mixture-of-Experts", arXiv 2403.09176.
-Each block has E experts, affine maps of its input; the timestep's embedding picks k of them, and one plus
-their gated sum is the mask M of `x_out = block(M x) + (1 - M) x`: real-valued, different for each token.
-Experts start at zero, so M at 1 and the network as a DiT. A prior loss pulls the choice of experts over time
-towards the sliding windows of DTR, matched to the experts by assignment. Gates are the softmax's values, not
-renormalised over the chosen ones, as in the authors' code (the paper's text was not compared). The authors
-evaluate the timestep embedding for all S steps at each forward; only the rows in use matter, so only those
-are computed here, and a fractional time is allowed.
+"Switch Diffusion Transformer: Synergizing Denoising Tasks with Sparse Mixture-of-Experts", arXiv
+2403.09176. Each block has E experts, affine maps of its input; the timestep's embedding picks k of them,
+and one plus their gated sum is the mask M of `x_out = block(M x) + (1 - M) x`: real-valued, different for
+each token. Experts start at zero, so M at 1 and the network as a DiT. A prior loss pulls the choice of
+experts over time towards the sliding windows of DTR, matched to the experts by assignment. Gates are the
+softmax's values, not renormalised over the chosen ones, as in the authors' code (the paper's text was not
+compared). The authors evaluate the timestep embedding for all S steps at each forward; only the rows in use
+matter, so only those are computed here, and a fractional time is allowed.
 
 Dimensions: B batch, T tokens, D width, E experts, N blocks, S timesteps of the schedule.
 """

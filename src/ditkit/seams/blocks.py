@@ -94,12 +94,14 @@ class UnitRef:
         name: full path inside the model, e.g. `"transformer_blocks.3.attn"`.
         block: place of its block among all blocks.
         module: path inside the block.
+        calls: how often the block calls it in one forward; the outputs of all calls are stored together.
     """
 
     index: int
     name: str
     block: int
     module: str
+    calls: int = 1
 
 
 class BlockSeam:
@@ -121,6 +123,7 @@ class BlockSeam:
         self._open = False
         self._skipping = False
         self._replaced: Sequence[bool] = ()
+        self._parts: dict[int, list[Tensor]] = {}
         self._per_token = [False] * len(self._blocks)
         host.stats.modes.append(self._mode)
 
@@ -129,20 +132,31 @@ class BlockSeam:
         """Number of blocks, all stacks together."""
         return len(self._blocks)
 
+    @property
+    def caches_stack(self) -> bool:
+        """Does a cache keep the output of the whole stack?"""
+        return self._stack is not None
+
     def cache_stack(self, cache: StackCache) -> None:
         """Let a cache skip the blocks from `cache.after` on and supply the last one's output.
 
         Raises:
-            ConflictError: another cache owns the blocks.
+            ConflictError: another cache owns the blocks, or `cache.after` is above 0 beside a method that
+                chooses tokens: the output of the first blocks then has other rows from step to step.
             SeamError: `cache.after` is not in 0 .. depth - 1, or this class does not allow it.
         """
-        self._host.require("blocks")
-        reason = self._host.anatomy.no_blocks(self._host.model)
+        self._host.require("stack")
+        reason = self._host.anatomy.no_stack(self._host.model)
         if reason is not None:
             raise SeamError(
                 f"the blocks of {type(self._host.model).__name__} can't be skipped here: {reason}"
             )
         self._claim()
+        if cache.after and self._host.tokens.owner is not None:
+            raise ConflictError(
+                f"{self._host.attaching} compares the first blocks' outputs row by row, but "
+                f"{self._host.tokens.owner} changes the rows from step to step"
+            )
         if not 0 <= cache.after < self.depth:
             raise SeamError(f"after must be 0 to {self.depth - 1} for this model; got {cache.after}")
         self._stack = cache
@@ -169,7 +183,7 @@ class BlockSeam:
             SeamError: feed-forward chunking is on, which calls a unit several times in a forward, or this
                 class does not allow it.
         """
-        self._host.require("blocks", "units")
+        self._host.require("units")
         self._claim()
         if self._host.tokens.owner is not None:
             raise ConflictError(
@@ -188,11 +202,14 @@ class BlockSeam:
             self._host.hooks.around(module, "unit", _bound(self._run_unit, unit))
         for (place, path), readers in self._bypasses().items():
             module = self._module(place, path)
-            self._host.hooks.around(module, "bypass", _bound(self._run_bypass, place, tuple(readers)))
+            alone = path in {site.module for site in self._blocks[place][0].attention if site.kind == "cross"}
+            around = _bound(self._run_bypass, place, tuple(readers), alone)
+            self._host.hooks.around(module, "bypass", around)
 
     def begin(self, step: Step) -> None:
         """A forward of the model starts."""
         self._open, self._skipping = True, False
+        self._parts.clear()
         if self._stack is not None and self._stack.after == 0:
             self._skipping = self._stack.skips(step, None)
         if self._output is not None:
@@ -203,6 +220,7 @@ class BlockSeam:
     def end(self) -> bool:
         """The forward has ended. Returns whether any unit or block that a cache could skip was computed."""
         self._open = False
+        self._parts.clear()
         if self._stack is not None or self._output is not None:
             return not self._skipping
         return not self._replaced or not all(self._replaced)
@@ -258,8 +276,14 @@ class BlockSeam:
         return output if instead is None else _exchanged(stack, output, splice(hidden, image, instead))
 
     def _image(self, stack: Stack) -> slice:
-        """The image tokens in what a block of this stack works on."""
-        return self._host.image_rows() if stack.joint else slice(None)
+        """The image tokens in what a block of this stack works on; all tokens where text and image are joined
+        at another place in each sample."""
+        if not stack.joint:
+            return slice(None)
+        try:
+            return self._host.image_rows()
+        except SeamError:
+            return slice(None)
 
     def _recalled(self, step: Step, stack: Stack, hidden: Tensor) -> Tensor:
         image = self._image(stack)
@@ -284,6 +308,8 @@ class BlockSeam:
         if not self._open:
             return forward(*args, **kwargs)
         step = self._host.clock.step
+        if unit.calls > 1:
+            return self._run_shared(step, unit, forward, args, kwargs)
         if self._replaced[unit.index]:
             outputs = self._recall(step, unit)
             return outputs[0] if len(outputs) == 1 else outputs
@@ -293,16 +319,38 @@ class BlockSeam:
             return output
         return instead[0] if isinstance(output, Tensor) else instead
 
+    def _run_shared(
+        self, step: Step, unit: UnitRef, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """A unit that its block calls several times: each call gives or takes one tensor of its outputs."""
+        parts = self._parts.setdefault(unit.index, [])
+        if self._replaced[unit.index]:
+            if not parts:
+                parts += self._recall(step, unit)
+            return parts.pop(0)
+        output = forward(*args, **kwargs)
+        parts.append(output)
+        if len(parts) == unit.calls:
+            instead = self._store(step, unit, tuple(self._parts.pop(unit.index)))
+            if instead is not None:
+                raise SeamError(
+                    f"{unit.name} is called {unit.calls} times in a forward: its outputs can be replaced, "
+                    "not mixed with others"
+                )
+        return output
+
     @torch.compiler.disable(recursive=False)
     def _run_bypass(
         self,
         place: int,
         readers: tuple[int, ...],
+        alone: bool,
         forward: Forward,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Hand on no tokens at all to what is not going to be read: (B, L, C) -> (B, 0, C)."""
+        """Hand on no tokens at all to what is not going to be read: (B, L, C) -> (B, 0, C); with the text's,
+        unless the module reads text but gives image tokens `alone`."""
         if not self._open or not all(self._replaced[index] for index in readers):
             return forward(*args, **kwargs)
         hidden = args[0] if args else next(iter(kwargs.values()))
@@ -310,7 +358,7 @@ class BlockSeam:
             # Modulation with a row for each token can't be broadcast to no token: keep the length.
             return hidden
         text = kwargs.get("encoder_hidden_states")
-        return hidden[:, :0] if text is None else (hidden[:, :0], text[:, :0])
+        return hidden[:, :0] if text is None or alone else (hidden[:, :0], text[:, :0])
 
     def _list_units(self) -> list[UnitRef]:
         units: list[UnitRef] = []
@@ -318,7 +366,7 @@ class BlockSeam:
             for unit in stack.units:
                 if child(block, unit.module) is not None:
                     name = f"{stack.path}.{index}.{unit.module}"
-                    units.append(UnitRef(len(units), name, place, unit.module))
+                    units.append(UnitRef(len(units), name, place, unit.module, unit.calls_in(block)))
         return units
 
     def _bypasses(self) -> dict[tuple[int, str], list[int]]:

@@ -120,3 +120,10 @@ class Trajectory:
 def owned(value: Tensor) -> Tensor:
     """The tensor, copied when it is part of a larger one that it would keep alive."""
     return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
+
+
+def ahead(x: float, recent: Tensor, past: Tensor, reach: float) -> Tensor:
+    """How far x lies beyond the latest samples, in gaps between each and the one before, 0 to `reach`; 0
+    where there is no gap. Of tensors of samples, one for each token, say."""
+    gap = recent - past
+    return torch.where(gap == 0, 0, (x - recent) / torch.where(gap == 0, 1, gap)).clamp(0, reach)

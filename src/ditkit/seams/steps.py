@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -77,6 +77,7 @@ class StepClock:
         self._scheduler: Any = None
         self._callbacks: list[Callable[[], None]] = []
         self._on_schedule: list[Callable[[], None]] = []
+        self._on_prediction: list[Callable[[Step, float | None, Tensor], None]] = []
         self._step: Step | None = None
         self._generation = -1
         self._renew = True
@@ -118,6 +119,11 @@ class StepClock:
         """Call back when the pipeline's scheduler got its timesteps, before the first forward."""
         self._on_schedule.append(callback)
 
+    def on_prediction(self, callback: Callable[[Step, float | None, Tensor], None]) -> None:
+        """Call back when the pipeline's scheduler is given the prediction of a step: with the step, the noise
+        level that follows and the prediction, after guidance."""
+        self._on_prediction.append(callback)
+
     def restart(self) -> None:
         """The next forward starts a new generation."""
         self._renew = True
@@ -136,6 +142,7 @@ class StepClock:
         self._listen_to(None)
         self._callbacks.clear()
         self._on_schedule.clear()
+        self._on_prediction.clear()
         self._sample = None
 
     def _listen_to(self, scheduler: Any) -> None:
@@ -150,6 +157,16 @@ class StepClock:
         self._scheduled, self._steps_taken, self._step = True, 0, None
         for callback in self._on_schedule:
             callback()
+
+    def stepping(self, scheduler: Any, model_output: Any) -> None:
+        # Of two transformers that share a scheduler only the one that ran has predicted.
+        ran = not self._renew and self._steps_seen == self._steps_taken
+        if self._step is None or not ran or not isinstance(model_output, Tensor):
+            return
+        place = self._first + self._index + 1
+        following = self._sigmas[place] if place < len(self._sigmas) else None
+        for callback in self._on_prediction:
+            callback(self._step, following, model_output)
 
     def stepped(self, scheduler: Any) -> None:
         self._steps_taken += 1
@@ -204,7 +221,9 @@ class StepClock:
         timestep = _largest(arguments.get(self._anatomy.timestep))
         sample = arguments.get(self._anatomy.sample)
         shapes = tuple(
-            (name, tuple(value.shape)) for name, value in arguments.items() if isinstance(value, Tensor)
+            (name, shape_of(value))
+            for name, value in arguments.items()
+            if isinstance(value, Tensor) or name == self._anatomy.sample
         )
         if self._renew or self._is_new(timestep, sample):
             self._start(timestep)
@@ -287,3 +306,10 @@ def _largest(timestep: Any) -> float:
 
 def _same(one: Tensor, other: Tensor) -> bool:
     return one is other or (one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other))
+
+
+def shape_of(value: Any) -> Hashable:
+    """The shape of a tensor, the shapes in a list of tensors (Z-Image's samples), None for anything else."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    return tuple(map(shape_of, value)) if isinstance(value, (list, tuple)) else None
