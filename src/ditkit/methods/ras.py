@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from ditkit.registry import Paper, register
+from ditkit.registry import Choice, Paper, Range, Search, register
 from ditkit.seams.apply import Host
 from ditkit.seams.cost import ModelCost
 from ditkit.seams.errors import ConflictError, SeamError
@@ -110,6 +110,11 @@ class RAS:
     seed: int = 0
 
     claims: ClassVar[frozenset[str]] = frozenset({"tokens"})
+    search: ClassVar[Search] = {
+        "sample_ratio": Choice((0.5, 0.25, 0.75)),
+        "start": Range(1, 6),
+        "inactive": Choice(("forecast", "reuse")),
+    }
 
     def __post_init__(self) -> None:
         if not 0 < self.sample_ratio <= 1:

@@ -11,10 +11,18 @@ _UNFIT = {
 }
 _BLOCKS = Stack(
     path="transformer_blocks",
-    arguments=("hidden_states", "attention_mask", "encoder_hidden_states"),
+    arguments=(
+        "hidden_states",
+        "attention_mask",
+        "encoder_hidden_states",
+        "encoder_attention_mask",
+        "timestep",
+    ),
     # The norm before the feed-forward runs at every step: what follows folds the tokens into the grid.
     units=(Unit("attn1", bypass=("norm1",)), Unit("attn2"), Unit("ff")),
     attention=(Attention("attn1", "self"), Attention("attn2", "cross")),
+    # Image to video gives every token its own timestep.
+    per_token={"timestep": lambda timestep: timestep.ndim == 3 and timestep.shape[1] > 1},
 )
 
 _SANA = Anatomy(
