@@ -73,7 +73,9 @@ def test_a_pair_works_or_is_refused_by_name(one: str, other: str) -> None:
     if said is not None:
         assert first.target.__name__ in said
         assert second.target.__name__ in said
-        assert not any("_diffusers_hook" in vars(module) for module in pipe().transformer.modules())
+        # The pipeline's own cache context leaves an empty registry on the transformer.
+        registries = [getattr(module, "_diffusers_hook", None) for module in pipe().transformer.modules()]
+        assert not any(registry.hooks for registry in registries if registry is not None)
         return
     with count(pipe().transformer) as spent:
         together, report = draw(one, other)
