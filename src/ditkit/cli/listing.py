@@ -24,9 +24,11 @@ def methods(
 
 
 def models(
-    name: Annotated[str | None, typer.Argument(help="Show this model's options.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Count this architecture's configurations, or one: dico, dico-xl.")
+    ] = None,
 ) -> None:
-    """List the bundled pipelines and the architectures."""
+    """List the bundled pipelines and the architectures; with a name, its sizes beside the published ones."""
     if name is None:
         from ditkit.hub import BUNDLED
 
@@ -34,7 +36,37 @@ def models(
         for bundled, summary in BUNDLED.items():
             table.add_row(bundled, summary)
         console.print(table)
-    _show("model", name)
+        _show("model", None)
+        return
+    from ditkit.models import split
+
+    architecture, variant = split(name)
+    _show("model", architecture)
+    _sizes(architecture, variant)
+
+
+def _sizes(architecture: str, variant: str | None) -> None:
+    """Parameters and multiply-adds of the configurations, counted here, beside the published ones."""
+    from ditkit.models.sizes import PUBLISHED, Size, measure, named
+
+    def millions(count: float | None) -> str:
+        return "" if count is None else f"{count / 1e6:,.1f} M"
+
+    def billions(count: float | None) -> str:
+        return "" if count is None else f"{count:,.2f} G"
+
+    columns = ("configuration", "parameters", "published", "multiply-adds", "published")
+    table = Table(*columns, header_style="bold", pad_edge=False)
+    for name in [f"{architecture}-{variant}"] if variant else named(architecture):
+        size, published = measure(name), PUBLISHED.get(name, Size(None))
+        table.add_row(
+            name,
+            millions(size.parameters),
+            millions(published.parameters),
+            billions(size.multiply_adds),
+            billions(published.multiply_adds),
+        )
+    console.print(table)
 
 
 def _show(kind: str, name: str | None) -> None:
