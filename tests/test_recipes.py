@@ -10,7 +10,9 @@ import torch
 
 import ditkit
 import tiny_pipelines
+from ditkit import registry
 from ditkit.analysis.sampling import Sampling, sample
+from ditkit.analysis.space import search_of
 from ditkit.recipes import Measured, ModelName, Recipe, RecipeError, Settings
 from ditkit.registry import OptionError, UnknownNameError
 
@@ -54,6 +56,19 @@ def test_an_infinite_option_reads_back(tmp_path: Path) -> None:
     method = ditkit.LocalWindow(radius=float("inf"))
     path = Recipe.of([method]).save(tmp_path / "recipe.yaml")
     assert Recipe.load(path).build() == (method,)
+
+
+@pytest.mark.parametrize("name", registry.entries("method"))
+def test_every_method_reads_back_with_what_tune_tries(name: str) -> None:
+    for way in range(3):
+        values = {
+            option: tried.values[way % len(tried.values)] if isinstance(tried, registry.Choice) else tried.low
+            for option, tried in search_of(registry.get("method", name)).items()
+        }
+        method = registry.construct("method", name, values)
+        recipe = Recipe.of([method])
+        assert recipe.build() == (method,)
+        assert registry.parse_method(recipe.describe()) == method
 
 
 def test_apply_with_a_recipe_is_apply_with_its_methods(pipe, tmp_path: Path) -> None:

@@ -25,8 +25,8 @@ class Tiny:
         timestep: the name of the timestep argument.
         scale: the timestep argument at full noise.
         tokens: image tokens at size 0.
-        frames_first: a video is (B, F, C, H, W) instead of (B, C, F, H, W).
-        patch_t: frames of a token.
+        clocks: shape of the timesteps of one sample, where frames have their own.
+        axes: of the sample, where they are not "blc", "bchw" or "bcfhw".
     """
 
     name: str
@@ -35,8 +35,8 @@ class Tiny:
     timestep: str = "timestep"
     scale: float = 1000.0
     tokens: int = 16
-    frames_first: bool = False
-    patch_t: int = 1
+    axes: str = ""
+    clocks: tuple[int, ...] = ()
 
     def model(self, seed: int = 0) -> nn.Module:
         with torch.random.fork_rng():
@@ -44,7 +44,7 @@ class Tiny:
             model = self.build().eval()
             # Zero-initialised layers would hide errors behind outputs that are zero.
             for parameter in model.parameters():
-                if float(parameter.detach().abs().max()) == 0:
+                if not parameter.detach().any():
                     nn.init.normal_(parameter, std=0.05)
         return model.requires_grad_(False)
 
@@ -53,15 +53,19 @@ class Tiny:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             arguments = self.arguments(batch, seed, size)
-        time = torch.full((batch,), noise * self.scale)
-        return {**arguments, self.timestep: time}
+        return {**arguments, self.timestep: self.time(batch, noise)}
+
+    def time(self, batch: int, noise: float) -> Tensor:
+        """The timestep argument at a noise level of 0 to 1."""
+        return torch.full((batch, *self.clocks), noise * self.scale)
 
 
 def output(result: Any) -> Tensor:
     """The tensor in what a forward returned."""
     if isinstance(result, Tensor):
         return result
-    return result[0] if isinstance(result, tuple) else result.sample
+    sample = result[0] if isinstance(result, tuple) else result.sample
+    return torch.stack(sample) if isinstance(sample, list) else sample
 
 
 def _flux() -> nn.Module:
@@ -387,7 +391,7 @@ TINY: dict[str, Tiny] = {
         Tiny("DiTTransformer2DModel", _dit, _dit_inputs),
         Tiny("WanTransformer3DModel", _wan, _wan_inputs),
         Tiny("HunyuanVideoTransformer3DModel", _hunyuan_video, _hunyuan_video_inputs),
-        Tiny("CogVideoXTransformer3DModel", _cogvideox, _cogvideox_inputs, frames_first=True),
+        Tiny("CogVideoXTransformer3DModel", _cogvideox, _cogvideox_inputs, axes="bfchw"),
         Tiny("LTXVideoTransformer3DModel", _ltx, _ltx_inputs),
         Tiny("QwenImageTransformer2DModel", _qwen, _qwen_inputs, scale=1.0),
         Tiny("HunyuanDiT2DModel", _hunyuan_dit, _hunyuan_dit_inputs),

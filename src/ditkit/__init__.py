@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ditkit.analysis.bench import bench
+    from ditkit.analysis.tune import tune
     from ditkit.hub import load
+    from ditkit.methods.cg_taylor import CGTaylor
     from ditkit.methods.clear import LocalWindow
+    from ditkit.methods.harmonica import HarmoniCa
+    from ditkit.methods.predict_correct import PredictCorrect
     from ditkit.methods.taylorseer import TaylorSeer
     from ditkit.recipes import Recipe
     from ditkit.seams.apply import Run, apply
@@ -24,13 +28,31 @@ _HOMES = {
     "Run": "ditkit.seams.apply",
     "load": "ditkit.hub",
     "bench": "ditkit.analysis.bench",
+    "tune": "ditkit.analysis.tune",
     "Recipe": "ditkit.recipes",
     "train": "ditkit.training.trainer",
     "TaylorSeer": "ditkit.methods.taylorseer",
     "LocalWindow": "ditkit.methods.clear",
+    "CGTaylor": "ditkit.methods.cg_taylor",
+    "HarmoniCa": "ditkit.methods.harmonica",
+    "PredictCorrect": "ditkit.methods.predict_correct",
 }
 
-__all__ = ["LocalWindow", "Recipe", "Run", "TaylorSeer", "__version__", "apply", "bench", "load", "train"]
+__all__ = [
+    "CGTaylor",
+    "HarmoniCa",
+    "LocalWindow",
+    "PredictCorrect",
+    "Recipe",
+    "Run",
+    "TaylorSeer",
+    "__version__",
+    "apply",
+    "bench",
+    "load",
+    "train",
+    "tune",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -252,6 +252,10 @@ def changed_options(method: Any) -> Options:
         value = getattr(method, option.name)
         if not option.init or (option.default is not dataclasses.MISSING and value is option.default):
             continue
+        if isinstance(value, tuple) and all(isinstance(side, int) for side in value):
+            if value != option.default:
+                changed[option.name] = "x".join(map(str, value))  # sizes, which methods take as text too
+            continue
         if not (value is None or isinstance(value, (bool, int, float, str))):
             raise RecipeError(
                 f"{type(method).__name__}.{option.name} is a {type(value).__name__}, which a recipe can't "

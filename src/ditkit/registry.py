@@ -59,6 +59,9 @@ class Choice:
     values: tuple[Any, ...]
     when: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
 
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.values)) + _only_when(self.when)
+
 
 @dataclass(frozen=True)
 class Range:
@@ -74,6 +77,14 @@ class Range:
     high: float
     log: bool = False
     when: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.low:g} to {self.high:g}" + _only_when(self.when)
+
+
+def _only_when(when: Mapping[str, tuple[Any, ...]]) -> str:
+    told = (f"{other} is {' or '.join(map(str, values))}" for other, values in when.items())
+    return f" where {' and '.join(told)}" if when else ""
 
 
 Search = Mapping[str, Choice | Range]

@@ -132,9 +132,25 @@ def test_bench_explains_first(ditkit, folder: Path, monkeypatch: pytest.MonkeyPa
     assert rows["dense"]["ceiling"] is None
 
 
+@pytest.mark.slow
+def test_tune(ditkit, folder: Path, tmp_path: Path) -> None:
+    Path("prompts.txt").write_text("apple\nfish\n")
+    line = f"tune --model {folder} --steps 4 --size 16 --prompts prompts.txt --method taylorseer --repeats 1"
+    result = ditkit(f"{line} --max-error 0.5 --trials 2 --out t")
+    assert result.exit_code == 0, result.output
+    files = written(tmp_path)
+    assert {"t/recipe.yaml", "t/report.html", "t/tune.json", "t/study.jsonl", "t/front/01.yaml"} <= files
+    assert "t/recipe.yaml" in result.stdout.splitlines()
+    generated = ditkit(f"generate apple --model {folder} --recipe t/recipe.yaml --out a.png")
+    assert generated.exit_code == 0, generated.output
+    refused = ditkit(f"{line} --max-error 0.5 --trials 2 --out t --seed 5")
+    assert refused.exit_code == 2
+    assert "its seed is 0, now it is 5" in refused.stderr
+
+
 def test_demo(ditkit, folder: Path, tmp_path: Path) -> None:
     """The tiny model's own size would be FLUX's 1024 pixels; the demo takes the model's."""
-    result = ditkit(f"demo --model {folder} --steps 5 --repeats 1 --size 16 --out show")
+    result = ditkit(f"demo --model {folder} --steps 5 --repeats 1 --size 16 --no-clips --out show")
     assert result.exit_code == 0, result.output
     files = written(tmp_path)
     assert {"show/report.html", "show/demo.png", "show/demo.json", "show/demo.csv"} <= files
@@ -150,10 +166,14 @@ def test_methods(ditkit) -> None:
     detail = ditkit("methods taylorseer").stdout
     assert "interval" in detail
     assert "https://arxiv.org/abs/2503.06923" in detail
+    assert "2 to 10" in detail
+    assert "where order is 2" in " ".join(detail.split())
 
 
 def test_models(ditkit) -> None:
     assert "micro-flux" in ditkit("models").stdout
+    listed = ditkit("models --classes").stdout
+    assert "WanTransformer3DModel" in listed and "PriorTransformer" in listed
 
 
 def test_emoji(ditkit, tmp_path: Path) -> None:

@@ -261,6 +261,17 @@ def test_a_query_without_keys_gets_zeros_and_minus_infinity():
                 assert (out[..., 2, :] == 0).all() and out.isfinite().all()
 
 
+def test_log_sum_exp_of_tensors_that_are_not_packed():
+    q, k, v = (torch.randn(1, 2, 8, 20).transpose(-1, -2) for _ in range(3))
+    mask = (torch.rand(20, 20) < 0.7).T
+    for bias in (None, mask, torch.randn(20, 20).T):
+        packed = None if bias is None else bias.contiguous()
+        expected = executors.scores.formula_with_lse(*(x.contiguous() for x in (q, k, v)), packed)
+        found = executors.attention_with_lse(q, k, v, bias)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=TOLERANCE, rtol=TOLERANCE)
+
+
 def test_log_sum_exp_in_parts(monkeypatch):
     """Few queries at a time give what all at once give."""
     q, k, v = (torch.randn(1, 2, 20, 8) for _ in range(3))

@@ -7,9 +7,11 @@ on, one for each kind of structure.
 from __future__ import annotations
 
 from tiny_models import TINY, Tiny
-from zoo import flux, hunyuan, wan
+from zoo import audio, cog, dit, flux, hunyuan, kandinsky, ltx, qwen, sana, single, wan
+
+_FAMILIES = (audio, cog, dit, flux, hunyuan, kandinsky, ltx, qwen, sana, single, wan)
 
 ZOO: dict[str, Tiny] = {
     **TINY,
-    **{tiny.name: tiny for family in (flux, hunyuan, wan) for tiny in family.ANIMALS},
+    **{tiny.name: tiny for family in _FAMILIES for tiny in family.ANIMALS},
 }

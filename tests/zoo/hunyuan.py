@@ -116,8 +116,37 @@ def _hunyuan_image_inputs(batch: int, seed: int, size: int) -> dict[str, Any]:
     }
 
 
+def _motif() -> nn.Module:
+    from diffusers import MotifVideoTransformer3DModel
+
+    return MotifVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=1,
+        num_single_layers=2,
+        mlp_ratio=2.0,
+        text_embed_dim=24,
+        image_embed_dim=12,
+        rope_axes_dim=(4, 4, 8),
+        enable_text_cross_attention_dual=True,
+        enable_text_cross_attention_single=True,
+    )
+
+
+def _motif_inputs(batch: int, seed: int, size: int) -> dict[str, Any]:
+    return {
+        "hidden_states": clip(batch, size),
+        "encoder_hidden_states": text(batch),
+        "encoder_attention_mask": mask(batch, valid=4),
+        "image_embeds": text(batch, 12, 2),
+    }
+
+
 ANIMALS = (
     Tiny("HunyuanVideoFramepackTransformer3DModel", _framepack, _framepack_inputs),
     Tiny("HunyuanVideo15Transformer3DModel", _hunyuan_video15, _hunyuan_video15_inputs),
     Tiny("HunyuanImageTransformer2DModel", _hunyuan_image, _hunyuan_image_inputs),
+    Tiny("MotifVideoTransformer3DModel", _motif, _motif_inputs),
 )

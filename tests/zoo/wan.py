@@ -80,9 +80,45 @@ def _animate_inputs(batch: int, seed: int, size: int) -> dict[str, Any]:
     }
 
 
+def _anyflow() -> nn.Module:
+    from diffusers import AnyFlowTransformer3DModel
+
+    return AnyFlowTransformer3DModel(**_SIZES)
+
+
+def _anyflow_inputs(batch: int, seed: int, size: int) -> dict[str, Any]:
+    return {
+        "hidden_states": clip(batch, size, frames=(2, 2)).transpose(1, 2),
+        "encoder_hidden_states": text(batch),
+        "r_timestep": torch.full((batch, 2), 100.0),
+    }
+
+
+def _helios() -> nn.Module:
+    from diffusers import HeliosTransformer3DModel
+
+    return HeliosTransformer3DModel(
+        **{name: value for name, value in _SIZES.items() if name != "rope_max_seq_len"}, rope_dim=(4, 4, 4)
+    )
+
+
+def _helios_inputs(batch: int, seed: int, size: int) -> dict[str, Any]:
+    sample = clip(batch, size)
+    frames = sample.shape[2]
+    return {
+        "hidden_states": sample,
+        "encoder_hidden_states": text(batch),
+        "indices_hidden_states": torch.arange(2, 2 + frames).expand(batch, -1),
+        "latents_history_short": torch.randn(batch, 4, 2, *sample.shape[-2:]),
+        "indices_latents_history_short": torch.arange(2).expand(batch, -1),
+    }
+
+
 ANIMALS = (
     Tiny("ChronoEditTransformer3DModel", _chronoedit, _inputs),
     Tiny("SkyReelsV2Transformer3DModel", _skyreels, _inputs),
     Tiny("WanVACETransformer3DModel", _vace, _vace_inputs),
     Tiny("WanAnimateTransformer3DModel", _animate, _animate_inputs),
+    Tiny("AnyFlowTransformer3DModel", _anyflow, _anyflow_inputs, axes="bfchw", clocks=(2,)),
+    Tiny("HeliosTransformer3DModel", _helios, _helios_inputs),
 )

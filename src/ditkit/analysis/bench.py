@@ -6,11 +6,12 @@ all of them, and times are medians. Errors are taken against dense sampling from
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import platform
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from ditkit.analysis.contestants import Contestant
 from ditkit.analysis.explain import Expectation
 from ditkit.analysis.meter import Count, count
 from ditkit.analysis.result import BenchResult, Row
-from ditkit.analysis.sampling import Sample, Sampling, sample
+from ditkit.analysis.sampling import Sample, Sampling, draws_clips, sample
 from ditkit.recipes import Recipe
 
 PROMPTS = (
@@ -41,6 +42,13 @@ PROMPTS = (
     "snowman",
 )
 """Captions that micro-flux knows; for other models they are as good as any."""
+CLIP_PROMPTS = (
+    "red apple moving left",
+    "police car moving up right",
+    "cat face staying still",
+    "rocket moving up, camera zooms in",
+)
+"""Captions that micro-wan knows, for models that draw clips."""
 
 Judge = Callable[[np.ndarray, Sequence[str]], float]
 """`judge(pictures, prompts)`: the share of pictures (B, H, W, 3) that show what their prompt names; nan when
@@ -58,10 +66,22 @@ class _Entrant:
     out: bool = False
 
 
+@contextlib.contextmanager
+def _settled_heap() -> Iterator[None]:
+    """What is there already is passed over by the collections between runs, which then take no time."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+@_settled_heap()
 def bench(
     model: Any,
     methods: Sequence[Any] = (),
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[str] | None = None,
     *,
     sampling: Sampling | None = None,
     repeats: int = 3,
@@ -79,7 +99,7 @@ def bench(
         model: a diffusers text-to-image pipeline with a transformer, or what `ditkit.load` takes.
         methods: each a method, text such as `"taylorseer:interval=4"`, a sequence to apply together, a
             recipe, or a `Contestant` of one's own.
-        prompts: one picture each.
+        prompts: one picture or clip each; None for `PROMPTS`, or `CLIP_PROMPTS` for a model of clips.
         sampling: steps, guidance, size and seed; the same noise for every contestant.
         repeats: timed rounds, after one round of counting that also warms up.
         batch: at most so many pictures in one call of the pipeline.
@@ -94,17 +114,17 @@ def bench(
     """
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: at least 1 is needed")
-    if not prompts:
+    if prompts is not None and not prompts:
         raise ValueError("prompts is empty; at least one is needed")
     entered = [who.enter(method) for method in methods]
-    pipe = _pipeline(model)
+    pipe = pipeline_of(model)
+    prompts = prompts_for(pipe) if prompts is None else list(prompts)
     sampling = sampling or Sampling()
     if peers:
         intervals = [n for method in methods for n in _intervals(method)]
         entered += others.at_intervals(pipe, intervals, sampling)
     everyone = [_entrant(contestant, sampling) for contestant in [who.dense(), *entered]]
     _expect(everyone, expected)
-    prompts = list(prompts)
 
     def note(label: str, done: int) -> None:
         if progress is not None:
@@ -116,7 +136,8 @@ def bench(
         note(f"counting: {entrant.contestant.label}", index)
         _count(pipe, entrant, prompts[:batch], base)
     if plain:
-        for steps in sorted(_computed(everyone) - {sampling.steps}, reverse=True):
+        there = {entrant.row.steps for entrant in everyone if entrant.row.kind in ("dense", "plain")}
+        for steps in sorted(_computed(everyone) - there, reverse=True):
             everyone.append(_entrant(who.plain(steps), sampling))
             note(f"counting: {everyone[-1].contestant.label}", len(everyone) - 1)
             _count(pipe, everyone[-1], prompts[:batch], base)
@@ -134,7 +155,15 @@ def bench(
         settings=_settings(name or _name(model), pipe, sampling, repeats, batch),
         machine=machine(pipe),
         pictures={e.row.label: e.samples[0].pictures for e in everyone if e.samples},
+        clips={
+            e.row.label: e.samples[0].clips for e in everyone if e.samples and e.samples[0].clips is not None
+        },
     )
+
+
+def prompts_for(pipe: Any) -> list[str]:
+    """What is drawn when nobody says what."""
+    return list(CLIP_PROMPTS if draws_clips(pipe) else PROMPTS)
 
 
 def _expect(everyone: Sequence[_Entrant], expected: Sequence[Expectation]) -> None:
@@ -144,7 +173,7 @@ def _expect(everyone: Sequence[_Entrant], expected: Sequence[Expectation]) -> No
             row.ceiling, row.predicted = said[row.label].ceiling, said[row.label].time_ratio
 
 
-def _pipeline(model: Any) -> Any:
+def pipeline_of(model: Any) -> Any:
     if isinstance(model, (str, Path)):
         from ditkit.hub import load
 
@@ -202,7 +231,8 @@ def _count(pipe: Any, entrant: _Entrant, prompts: Sequence[str], base: Sequence[
     row.bytes_peak = spent.bytes_peak
     row.steps_computed = _steps_computed(spent, entrant.sampling.steps)
     if alive and row.kind != "plain":
-        row.bytes_cached = max(mine - theirs for mine, theirs in zip(alive, base or alive, strict=True))
+        beside = base if len(base) == len(alive) else [max(base or alive)] * len(alive)
+        row.bytes_cached = max(mine - theirs for mine, theirs in zip(alive, beside, strict=True))
     if report is not None:
         row.steps_computed = report.steps_computed
         row.notes += report.notes

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import yaml
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from ditkit.analysis.pictures import to_image
 from ditkit.analysis.plots import Point, scatter
 from ditkit.analysis.result import BenchResult, Row, label
+from ditkit.analysis.videos import gif
+
+if TYPE_CHECKING:
+    from ditkit.analysis.tune import TuneResult
 
 _KINDS = {
     "dense": "dense sampling",
@@ -23,35 +30,95 @@ _KINDS = {
 }
 
 
-def render(result: BenchResult, title: str) -> str:
+@dataclass(frozen=True)
+class Section:
+    """A further part of the page: a plot, lines, or text as it is."""
+
+    title: str
+    plot: Markup | None = None
+    lines: Sequence[str] = ()
+    text: str = ""
+    explain: str = ""
+
+
+def render(
+    result: BenchResult,
+    title: str,
+    *,
+    told: str | None = None,
+    sections: Sequence[Section] = (),
+    others: Sequence[BenchResult] = (),
+) -> str:
     """The report's HTML. Prompts, labels and notes are escaped: they are text from outside.
 
     Args:
         result: rows and pictures of a comparison.
         title: heading and name of the page.
+        told: the sentence under it; None for `headline(result)`.
+        sections: parts to show before the settings.
+        others: comparisons of other models, of which the pictures and the headline are shown.
     """
     columns = result.columns()
     numbered = list(enumerate(result.rows, start=1))
     return _template().render(
         title=title,
-        prompts=result.prompts,
+        shown=[_shown(result, told), *map(_shown, others)],
         kinds={kind: text for kind, text in _KINDS.items() if any(row.kind == kind for row in result.rows)},
-        headline=headline(result),
+        sections=sections,
         columns=[name for name, _ in columns],
         rows=[{"number": i, "row": row, "cells": [show(row) for _, show in columns]} for i, row in numbered],
-        galleries=[
-            {
-                "number": i,
-                "row": row,
-                "label": label(row),
-                "pictures": map(embedded, result.pictures[row.label]),
-            }
-            for i, row in numbered
-            if row.label in result.pictures
-        ],
         plots=[Markup(plot) for plot in _plots(numbered) if plot],
         facts={**result.settings, **result.machine},
     )
+
+
+def render_tune(result: TuneResult) -> str:
+    """A search's report: its front drawn on held-out prompts, all trials, the recipe, what was left out."""
+    assert result.held is not None
+    on_front = {trial.number for trial in result.front}
+    ordered = sorted(result.trials, key=lambda trial: trial.number in on_front)  # the front on top
+    points = [
+        Point(
+            trial.outcome.time_ratio,
+            trial.outcome.error,
+            str(trial.number),
+            f"{trial.recipe.describe()}: {trial.outcome.time_ratio:.3f} x time, {trial.outcome.error:.4f}",
+            "method" if trial.number in on_front else "tried",
+        )
+        for trial in ordered
+    ]
+    plot = scatter(points, "time, relative to dense", "error on the prompts of the search", "method")
+    left_out = [f"{name}: {why}" for name, why in result.space.left_out.items()]
+    recipe = yaml.safe_dump(result.recipe.model_dump(mode="json", by_alias=True), sort_keys=False)
+    sections = [
+        Section("The recipe", text=recipe),
+        Section(
+            "All trials",
+            plot=Markup(plot),
+            explain=f"{len(result.trials)} settings, numbered as they were tried; the line joins those that "
+            "no other one beats in time and error.",
+        ),
+        Section("Not tried", lines=left_out),
+        Section("Failed", lines=result.failures),
+    ]
+    shown = [section for section in sections if section.plot or section.lines or section.text]
+    return render(result.held, "ditkit tune", told=result.headline(), sections=shown)
+
+
+def _shown(result: BenchResult, told: str | None = None) -> dict[str, Any]:
+    """What the page says and shows of one comparison: a row of pictures or clips for each way to draw."""
+    moving = bool(result.clips)
+    drawn, embed = (result.clips, embedded_clip) if moving else (result.pictures, embedded)
+    return {
+        "moving": moving,
+        "headline": headline(result) if told is None else told,
+        "prompts": result.prompts,
+        "galleries": [
+            {"number": i, "row": row, "label": label(row), "pictures": map(embed, drawn[row.label])}
+            for i, row in enumerate(result.rows, start=1)
+            if row.label in drawn
+        ],
+    }
 
 
 def headline(result: BenchResult) -> str:
@@ -91,6 +158,11 @@ def embedded(picture: np.ndarray) -> str:
     stream = io.BytesIO()
     to_image(picture).save(stream, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+
+
+def embedded_clip(clip: np.ndarray) -> str:
+    """A clip (F, H, W, 3) in [0, 1] as a `data:` address of a GIF."""
+    return "data:image/gif;base64," + base64.b64encode(gif(clip)).decode("ascii")
 
 
 def _plots(numbered: list[tuple[int, Row]]) -> list[str]:

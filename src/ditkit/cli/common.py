@@ -72,7 +72,15 @@ def _is_wrong_use(error: Exception) -> bool:
     # by name, so that refusing a method does not import the seams and the trainer
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(
-        names & {"UnsupportedModelError", "ConflictError", "ConfigError", "ConversionError", "RecipeError"}
+        names
+        & {
+            "UnsupportedModelError",
+            "ConflictError",
+            "ConfigError",
+            "ConversionError",
+            "RecipeError",
+            "TuneError",
+        }
     )
 
 

@@ -27,8 +27,15 @@ def models(
     name: Annotated[
         str | None, typer.Argument(help="Count this architecture's configurations, or one: dico, dico-xl.")
     ] = None,
+    classes: Annotated[
+        bool,
+        typer.Option("--classes", help="List what methods can do on each transformer class of diffusers."),
+    ] = False,
 ) -> None:
     """List the bundled pipelines and the architectures; with a name, its sizes beside the published ones."""
+    if classes:
+        _show_classes()
+        return
     if name is None:
         from ditkit.hub import BUNDLED
 
@@ -69,6 +76,23 @@ def _sizes(architecture: str, variant: str | None) -> None:
     console.print(table)
 
 
+def _show_classes() -> None:
+    from ditkit.seams.anatomy import Seam
+    from ditkit.seams.coverage import rows
+    from ditkit.seams.facts import UNSUPPORTED
+
+    seams: tuple[Seam, ...] = ("stack", "units", "tokens", "attention")
+    table = Table("class", "text", *seams, header_style="bold", pad_edge=False)
+    for row in rows():
+        table.add_row(row.name, row.text, *("yes" if row.allows(seam) else "no" for seam in seams))
+    console.print(table)
+    console.print("stack: skip the blocks; units: replace parts of a block; tokens: leave tokens out")
+    table = Table("not supported", "reason", header_style="bold", pad_edge=False)
+    for name, reason in sorted(UNSUPPORTED.items()):
+        table.add_row(name, reason)
+    console.print(table)
+
+
 def _show(kind: str, name: str | None) -> None:
     from ditkit import registry
 
@@ -94,10 +118,12 @@ def detail(entry) -> None:
     console.print(f"seam: {', '.join(entry.seam)}; needs: {', '.join(entry.needs)}", highlight=False)
     if not dataclasses.is_dataclass(entry.target):
         return
-    table = Table("option", "type", "default", header_style="bold", pad_edge=False)
+    table = Table("option", "type", "default", "tune tries", header_style="bold", pad_edge=False)
+    search = getattr(entry.target, "search", {})
     for field in registry.options(entry).values():
         default = "" if field.default is dataclasses.MISSING else str(field.default)
-        table.add_row(field.name, escape(str(field.type)), escape(default))
+        tried = escape(str(search.get(field.name, "")))
+        table.add_row(field.name, escape(str(field.type)), escape(default), tried)
     console.print(table)
     neutral = ",".join(f"{key}={value}" for key, value in entry.neutral.items())
     if neutral:

@@ -23,9 +23,10 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from ditkit.registry import Paper, register
+from ditkit.registry import Choice, Paper, Range, Search, register
 from ditkit.seams.apply import Host
 from ditkit.seams.blocks import StackCache
+from ditkit.seams.cost import ModelCost
 from ditkit.seams.errors import SeamError
 from ditkit.seams.extrapolate import DTYPES, Expansion, FactorDtype, Trajectory
 from ditkit.seams.steps import Coordinate, Step
@@ -87,6 +88,14 @@ class CGTaylor:
     factor_dtype: FactorDtype = "float32"
 
     claims: ClassVar[frozenset[str]] = frozenset({"blocks"})
+    search: ClassVar[Search] = {
+        "threshold": Range(0.01, 0.6, log=True),
+        "first_order": Choice((1, 0, 2)),
+        "last_order": Choice((1, 0, 2)),
+        "expansion": Choice(("newton", "authors"), when={"last_order": (2,)}),
+        "warmup": Range(1, 5),
+        "forecast": Choice(("hidden", "residual")),
+    }
 
     def __post_init__(self) -> None:
         if not self.threshold >= 0:
@@ -112,6 +121,10 @@ class CGTaylor:
         """How many steps of a generation are computed at least: the warm-up and the last one. How many more
         is known afterwards only: `run.report().computed_at`."""
         return min(num_steps, self.warmup + 1) if self.threshold else num_steps
+
+    def ceiling(self, cost: ModelCost) -> float:
+        """At most so many times less work: at a skipped step the first block runs."""
+        return cost.skipping(self.computed_steps(cost.steps), blocks=1)
 
     @property
     def tensors_held(self) -> int:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ditkit.registry import Paper, register
+from ditkit.registry import Choice, Paper, Search, register
 from ditkit.seams import executors
 from ditkit.seams.attention import AttentionCall
 from ditkit.seams.layout import TokenLayout
@@ -71,6 +71,11 @@ class GRAT:
     """
 
     claims: ClassVar[frozenset[str]] = frozenset({"attention"})
+    search: ClassVar[Search] = {
+        "pattern": Choice(("cross", "block")),
+        "group": Choice((None, "8x8")),
+        "radius": Choice((1, 2), when={"pattern": ("block",)}),
+    }
 
     pattern: Literal["cross", "block"] = "cross"
     group: Grid | str | None = None

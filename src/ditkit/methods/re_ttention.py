@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ditkit import registry
-from ditkit.registry import Paper, register
+from ditkit.registry import Choice, Paper, Range, Search, register
 from ditkit.seams import executors
 from ditkit.seams.attention import AttentionCall
 from ditkit.seams.layout import TokenLayout
@@ -93,6 +93,11 @@ class ReTtention:
     """
 
     claims: ClassVar[frozenset[str]] = frozenset({"attention"})
+    search: ClassVar[Search] = {
+        "keep": Choice((0.25, 0.125, 0.03125)),
+        "refresh": Range(3, 10),
+        "warmup": Choice((None, 1, 3)),
+    }
 
     keep: float = 0.03125
     window: int | None = None
@@ -201,7 +206,7 @@ class ReTtention:
     def phases(self, num_steps: int, warmup: int | None = None) -> list[Phase]:
         """How each step of a generation runs; a first step after the warm-up is full in any case."""
         warmup = self.warmup_of(None, num_steps) if warmup is None else warmup
-        found = [self.phase(index, warmup) for index in range(num_steps)]
+        found: list[Phase] = [self.phase(index, warmup) for index in range(num_steps)]
         if self.refresh > 1 and warmup < num_steps:
             found[warmup] = "full"
         return found

@@ -193,7 +193,11 @@ def _models(target: Any) -> list[tuple[str, nn.Module]]:
             f"target must be a DiffusionPipeline or a transformer module; got {type(target).__name__}"
         )
     modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
-    denoisers = [(name, module) for name, module in modules.items() if name.startswith("transformer")]
+    denoisers = [
+        (name, module)
+        for name, module in modules.items()
+        if name.startswith("transformer") or name.endswith("_transformer")
+    ]
     if not denoisers:
         raise UnsupportedModelError(
             f"{type(target).__name__} has no transformer; its parts are {', '.join(modules) or 'none'}. "

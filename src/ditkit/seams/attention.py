@@ -8,7 +8,9 @@ elsewhere, from cross-attention and from text encoders go to the original functi
 pass.
 
 One strategy acts on a model at a time. Its place is last: what other methods do to q, k and v on their way
-(keys and values kept from an earlier step or merged, then quantised) belongs between the dispatcher and it.
+lies between the dispatcher and it. Where a method runs the blocks on some tokens and keeps the keys and
+values of the others (`keep_keys`), the call is completed first, and a strategy gets the whole grid, its
+queries too, those of the other tokens as they last were; without a strategy only the tokens that run ask.
 
 B batch, h heads, Lq queries, Lk keys, d head dim.
 """
@@ -29,6 +31,7 @@ from torch import Tensor, nn
 from ditkit.seams import executors  # noqa: F401  (they take the original function: import before it is replaced)
 from ditkit.seams.anatomy import View, child, describe
 from ditkit.seams.errors import SeamError
+from ditkit.seams.keys import KeptKeys, KeyPolicy
 from ditkit.seams.layout import TokenLayout
 from ditkit.seams.stats import attention_flops, stands_for
 from ditkit.seams.steps import Step
@@ -235,6 +238,8 @@ class AttentionSeam:
     def __init__(self, host: Host) -> None:
         self.host = host
         self.strategy: AttentionStrategy | None = None
+        self.kept: KeptKeys | None = None
+        self._served: list[AttentionCall] = []
         self.states: dict[Any, dict[Any, Any]] = {}
         self.counts: Counter[str] = Counter()  # calls: self, joint, cross, other; eager runs only
         self._kinds: set[tuple[Kind, View, int]] = set()
@@ -259,26 +264,56 @@ class AttentionSeam:
         self.host.require("attention")
         if self.strategy is not None:
             raise SeamError(f"{self.host.name} has an attention strategy already: {self.strategy!r}")
-        calls = self._calls()
-        for call, module in calls:
-            _check_backend(call, module)
+        self._hook()
         self._kinds = {
             (call.kind, call.view, int(getattr(module, "heads", 0) or getattr(module, "num_heads", 0)))
-            for call, module in calls
+            for call, module in self._calls()
             if call.kind != "cross"
         }
         self.strategy = strategy
-        _install(self)
-        self.host.on_remove(self._remove)
-        for call, module in calls:
-            self.host.hooks.around(module, "attention", _named(call, module))
         self.host.clock.on_reset(self.states.clear)
         # Another grid of as many tokens is another amount of work.
         self.host.stats.modes.append(lambda: self._grid)
 
+    def keep_keys(self, policy: KeyPolicy) -> KeptKeys:
+        """Keep keys and values of image tokens for forwards that run on some of the tokens.
+
+        Raises:
+            SeamError: another method does so already, or the model does not use scaled_dot_product_attention.
+        """
+        self.host.require("attention")
+        if self.kept is not None:
+            raise SeamError(f"the keys of {self.host.name} are kept already, for {self.kept.policy!r}")
+        self._hook()
+        self.kept = KeptKeys(policy)
+        self.host.clock.on_reset(self.kept.drop)
+        self.host.stats.holds(self.kept.nbytes)
+        return self.kept
+
+    @property
+    def layers(self) -> int:
+        """How many attention modules a strategy serves."""
+        return len(self._served)
+
+    def _hook(self) -> None:
+        """Catch the calls of every attention module of the blocks; done once."""
+        if self.strategy is not None or self.kept is not None:
+            return
+        calls = self._calls()
+        for call, module in calls:
+            _check_backend(call, module)
+        self._served = [call for call, _ in calls if call.kind != "cross"]
+        _install(self)
+        self.host.on_remove(self._remove)
+        for call, module in calls:
+            self.host.hooks.around(module, "attention", _named(call, module))
+
     def _remove(self) -> None:
         _uninstall(self)
         self.strategy = None
+        if self.kept is not None:
+            self.kept.drop()
+            self.kept = None
         self.states.clear()
         self._plans.clear()
         self._recent.clear()
@@ -289,14 +324,14 @@ class AttentionSeam:
         Raises:
             SeamError: the call has no single grid, or the strategy can't work on it.
         """
-        if self.strategy is None:
+        if self.strategy is None and self.kept is None:
             return
         layout = self.host.layout()
         begin = getattr(self.strategy, "begin", None)
         if begin is not None:
             begin(self.host.clock.step)
         self._running.value, self._grid = layout, layout.grid
-        device = self.host.arguments[self.host.anatomy.sample].device
+        device = self.host.device()
         for kind, view, heads in self._kinds:
             seen = _seen_by(kind, view, layout)
             self._recent[kind, view, seen.length] = layout
@@ -316,6 +351,9 @@ class AttentionSeam:
         # latest layout of that length is the one it ran with.
         layout = self._running.value or self._recent.get((call.kind, call.view, query.shape[-2]))
         length = None if layout is None else _seen_by(call.kind, call.view, layout).length
+        active = self.host.tokens.active if self.kept is not None else None
+        if layout is not None and length is not None and active is not None:
+            length += len(active.indices) - layout.image_length
         if layout is None or query.shape[-2] != length or key.shape[-2] != length:
             self._count("other")
             return None
@@ -332,18 +370,45 @@ class AttentionSeam:
         call: AttentionCall,
         layout: TokenLayout,
     ) -> Tensor:
-        assert self.strategy is not None
         outer = self._running.value
         self._running.value = layout
         try:
-            plan = self._plan(_seen_by(call.kind, call.view, layout), q.shape[1], q.device)
-            if torch.compiler.is_compiling():
-                return self.strategy.attend(q, k, v, mask, scale, call, plan)
-            call.served += 1
-            with stands_for(attention_flops(q.shape, k.shape, v.shape)):
-                return self.strategy.attend(q, k, v, mask, scale, call, plan)
+            if not torch.compiler.is_compiling():
+                call.served += 1
+            if self.kept is None:
+                return self._strategy(q, k, v, mask, scale, call)
+            return self._completed(q, k, v, mask, scale, call)
         finally:
             self._running.value = outer
+
+    def _strategy(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, call: AttentionCall
+    ) -> Tensor:
+        if self.strategy is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        plan = self._plan(call.layout, q.shape[1], q.device)
+        if torch.compiler.is_compiling():
+            return self.strategy.attend(q, k, v, mask, scale, call, plan)
+        with stands_for(attention_flops(q.shape, k.shape, v.shape)):
+            return self.strategy.attend(q, k, v, mask, scale, call, plan)
+
+    def _completed(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None, call: AttentionCall
+    ) -> Tensor:
+        """A call whose keys may be those of some tokens only."""
+        assert self.kept is not None
+        active = self.host.tokens.active
+        if active is None:
+            self.kept.keep(call, q, k, v, mask, scale, queries=self.strategy is not None)
+            return self._strategy(q, k, v, mask, scale, call)
+        if active.rows is not None and call.state:
+            raise SeamError(
+                f"{call.name}: {self.strategy!r} keeps a state for the whole batch, but its samples run on "
+                "tokens of their own; sample one prompt at a time"
+            )
+        merged = self.kept.merge(call, call.layout, active, q, k, v)
+        out = self._strategy(merged.q, merged.k, merged.v, merged.mask, merged.scale, call)
+        return out if merged.positions is None else out.index_select(2, merged.positions)
 
     def _plan(self, layout: TokenLayout, heads: int, device: torch.device) -> Any:
         assert self.strategy is not None

@@ -5,6 +5,7 @@ B batch, L image tokens, C width.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,23 @@ class StackCache:
         raise NotImplementedError
 
 
+class OutputCache:
+    """What a method supplies to skip the whole model and answer in its place: subclass it."""
+
+    def skips(self, step: Step) -> bool:
+        """May the model be skipped in this forward?"""
+        raise NotImplementedError
+
+    def store(self, step: Step, output: Tensor) -> Tensor | None:
+        """Take the prediction that the model made, in its own shape. A tensor given back goes out in its
+        place."""
+        raise NotImplementedError
+
+    def recall(self, step: Step) -> Tensor:
+        """The prediction in a skipped forward."""
+        raise NotImplementedError
+
+
 class UnitCache:
     """What a method supplies to replace the outputs of units: subclass it."""
 
@@ -57,8 +75,9 @@ class UnitCache:
         """Which units not to run in this forward. Asked once, before the embedding."""
         raise NotImplementedError
 
-    def store(self, step: Step, unit: UnitRef, outputs: Outputs) -> None:
-        """Take the outputs of a unit that ran, as the block gets them: before its gate."""
+    def store(self, step: Step, unit: UnitRef, outputs: Outputs) -> Outputs | None:
+        """Take the outputs of a unit that ran, as the block gets them: before its gate. As many given back
+        go on in their place."""
         raise NotImplementedError
 
     def recall(self, step: Step, unit: UnitRef) -> Outputs:
@@ -75,12 +94,14 @@ class UnitRef:
         name: full path inside the model, e.g. `"transformer_blocks.3.attn"`.
         block: place of its block among all blocks.
         module: path inside the block.
+        calls: how often the block calls it in one forward; the outputs of all calls are stored together.
     """
 
     index: int
     name: str
     block: int
     module: str
+    calls: int = 1
 
 
 class BlockSeam:
@@ -94,12 +115,15 @@ class BlockSeam:
         self.units = tuple(self._list_units())
         self._stack: StackCache | None = None
         self._unit_cache: UnitCache | None = None
+        self._output: OutputCache | None = None
+        self._pattern: Any = None
         self._skips: Any = None
         self._store: Any = None
         self._recall: Any = None
         self._open = False
         self._skipping = False
         self._replaced: Sequence[bool] = ()
+        self._parts: dict[int, list[Tensor]] = {}
         self._per_token = [False] * len(self._blocks)
         host.stats.modes.append(self._mode)
 
@@ -108,20 +132,31 @@ class BlockSeam:
         """Number of blocks, all stacks together."""
         return len(self._blocks)
 
+    @property
+    def caches_stack(self) -> bool:
+        """Does a cache keep the output of the whole stack?"""
+        return self._stack is not None
+
     def cache_stack(self, cache: StackCache) -> None:
         """Let a cache skip the blocks from `cache.after` on and supply the last one's output.
 
         Raises:
-            ConflictError: another cache owns the blocks.
+            ConflictError: another cache owns the blocks, or `cache.after` is above 0 beside a method that
+                chooses tokens: the output of the first blocks then has other rows from step to step.
             SeamError: `cache.after` is not in 0 .. depth - 1, or this class does not allow it.
         """
-        self._host.require("blocks")
-        reason = self._host.anatomy.no_blocks(self._host.model)
+        self._host.require("stack")
+        reason = self._host.anatomy.no_stack(self._host.model)
         if reason is not None:
             raise SeamError(
                 f"the blocks of {type(self._host.model).__name__} can't be skipped here: {reason}"
             )
         self._claim()
+        if cache.after and self._host.tokens.owner is not None:
+            raise ConflictError(
+                f"{self._host.attaching} compares the first blocks' outputs row by row, but "
+                f"{self._host.tokens.owner} changes the rows from step to step"
+            )
         if not 0 <= cache.after < self.depth:
             raise SeamError(f"after must be 0 to {self.depth - 1} for this model; got {cache.after}")
         self._stack = cache
@@ -129,6 +164,15 @@ class BlockSeam:
         self._store, self._recall = torch.compiler.disable(cache.store), torch.compiler.disable(cache.recall)
         for place, (stack, _, block) in enumerate(self._blocks):
             self._host.hooks.around(block, "block", _bound(self._run_block, place, stack))
+
+    def cache_output(self, cache: OutputCache) -> None:
+        """Let a cache answer in place of the model.
+
+        Raises:
+            ConflictError: another cache owns the blocks.
+        """
+        self._claim()
+        self._output = cache
 
     def cache_units(self, cache: UnitCache) -> None:
         """Let a cache replace the outputs of units before their gates.
@@ -139,7 +183,7 @@ class BlockSeam:
             SeamError: feed-forward chunking is on, which calls a unit several times in a forward, or this
                 class does not allow it.
         """
-        self._host.require("blocks", "units")
+        self._host.require("units")
         self._claim()
         if self._host.tokens.owner is not None:
             raise ConflictError(
@@ -158,28 +202,51 @@ class BlockSeam:
             self._host.hooks.around(module, "unit", _bound(self._run_unit, unit))
         for (place, path), readers in self._bypasses().items():
             module = self._module(place, path)
-            self._host.hooks.around(module, "bypass", _bound(self._run_bypass, place, tuple(readers)))
+            alone = path in {site.module for site in self._blocks[place][0].attention if site.kind == "cross"}
+            around = _bound(self._run_bypass, place, tuple(readers), alone)
+            self._host.hooks.around(module, "bypass", around)
 
     def begin(self, step: Step) -> None:
         """A forward of the model starts."""
         self._open, self._skipping = True, False
+        self._parts.clear()
         if self._stack is not None and self._stack.after == 0:
             self._skipping = self._stack.skips(step, None)
+        if self._output is not None:
+            self._skipping = self._output.skips(step)
         if self._unit_cache is not None:
             self._replaced = tuple(self._unit_cache.replaced(step, self.units))
 
     def end(self) -> bool:
         """The forward has ended. Returns whether any unit or block that a cache could skip was computed."""
         self._open = False
-        if self._stack is not None:
+        self._parts.clear()
+        if self._stack is not None or self._output is not None:
             return not self._skipping
         return not self._replaced or not all(self._replaced)
+
+    def around_model(self, forward: Forward) -> Forward:
+        """The model's forward, or what answers in its place."""
+        cache = self._output
+        if cache is None:
+            return forward
+
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            step = self._host.clock.step
+            if self._skipping:
+                return _like(self._pattern, cache.recall(step))
+            output = forward(*args, **kwargs)
+            instead = cache.store(step, output if isinstance(output, Tensor) else output[0])
+            self._pattern = _like(output, None)
+            return output if instead is None else _like(output, instead)
+
+        return answer
 
     def _mode(self) -> Hashable:
         return (self._skipping, self._replaced)
 
     def _claim(self) -> None:
-        if self._stack is not None or self._unit_cache is not None:
+        if any(cache is not None for cache in (self._stack, self._unit_cache, self._output)):
             raise ConflictError("the blocks of this model already belong to a cache; only one can own them")
 
     # Skipping blocks.
@@ -209,8 +276,14 @@ class BlockSeam:
         return output if instead is None else _exchanged(stack, output, splice(hidden, image, instead))
 
     def _image(self, stack: Stack) -> slice:
-        """The image tokens in what a block of this stack works on."""
-        return self._host.image_rows() if stack.joint else slice(None)
+        """The image tokens in what a block of this stack works on; all tokens where text and image are joined
+        at another place in each sample."""
+        if not stack.joint:
+            return slice(None)
+        try:
+            return self._host.image_rows()
+        except SeamError:
+            return slice(None)
 
     def _recalled(self, step: Step, stack: Stack, hidden: Tensor) -> Tensor:
         image = self._image(stack)
@@ -235,11 +308,35 @@ class BlockSeam:
         if not self._open:
             return forward(*args, **kwargs)
         step = self._host.clock.step
+        if unit.calls > 1:
+            return self._run_shared(step, unit, forward, args, kwargs)
         if self._replaced[unit.index]:
             outputs = self._recall(step, unit)
             return outputs[0] if len(outputs) == 1 else outputs
         output = forward(*args, **kwargs)
-        self._store(step, unit, (output,) if isinstance(output, Tensor) else tuple(output))
+        instead = self._store(step, unit, (output,) if isinstance(output, Tensor) else tuple(output))
+        if instead is None:
+            return output
+        return instead[0] if isinstance(output, Tensor) else instead
+
+    def _run_shared(
+        self, step: Step, unit: UnitRef, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """A unit that its block calls several times: each call gives or takes one tensor of its outputs."""
+        parts = self._parts.setdefault(unit.index, [])
+        if self._replaced[unit.index]:
+            if not parts:
+                parts += self._recall(step, unit)
+            return parts.pop(0)
+        output = forward(*args, **kwargs)
+        parts.append(output)
+        if len(parts) == unit.calls:
+            instead = self._store(step, unit, tuple(self._parts.pop(unit.index)))
+            if instead is not None:
+                raise SeamError(
+                    f"{unit.name} is called {unit.calls} times in a forward: its outputs can be replaced, "
+                    "not mixed with others"
+                )
         return output
 
     @torch.compiler.disable(recursive=False)
@@ -247,11 +344,13 @@ class BlockSeam:
         self,
         place: int,
         readers: tuple[int, ...],
+        alone: bool,
         forward: Forward,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Hand on no tokens at all to what is not going to be read: (B, L, C) -> (B, 0, C)."""
+        """Hand on no tokens at all to what is not going to be read: (B, L, C) -> (B, 0, C); with the text's,
+        unless the module reads text but gives image tokens `alone`."""
         if not self._open or not all(self._replaced[index] for index in readers):
             return forward(*args, **kwargs)
         hidden = args[0] if args else next(iter(kwargs.values()))
@@ -259,7 +358,7 @@ class BlockSeam:
             # Modulation with a row for each token can't be broadcast to no token: keep the length.
             return hidden
         text = kwargs.get("encoder_hidden_states")
-        return hidden[:, :0] if text is None else (hidden[:, :0], text[:, :0])
+        return hidden[:, :0] if text is None or alone else (hidden[:, :0], text[:, :0])
 
     def _list_units(self) -> list[UnitRef]:
         units: list[UnitRef] = []
@@ -267,7 +366,7 @@ class BlockSeam:
             for unit in stack.units:
                 if child(block, unit.module) is not None:
                     name = f"{stack.path}.{index}.{unit.module}"
-                    units.append(UnitRef(len(units), name, place, unit.module))
+                    units.append(UnitRef(len(units), name, place, unit.module, unit.calls_in(block)))
         return units
 
     def _bypasses(self) -> dict[tuple[int, str], list[int]]:
@@ -317,6 +416,15 @@ def _argument(stack: Stack, name: str, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _hidden(stack: Stack, output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[stack.returns.index("hidden_states")]
+
+
+def _like(result: Any, prediction: Tensor | None) -> Any:
+    """What a model returns, a tensor, a tuple or diffusers' output object, with another prediction."""
+    if isinstance(result, tuple):
+        return (prediction, *result[1:])
+    if dataclasses.is_dataclass(result) and not isinstance(result, type):
+        return dataclasses.replace(result, **{dataclasses.fields(result)[0].name: prediction})
+    return prediction
 
 
 def _exchanged(stack: Stack, output: Any, hidden: Tensor) -> Any:

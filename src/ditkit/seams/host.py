@@ -20,7 +20,7 @@ from ditkit.seams.errors import SeamError
 from ditkit.seams.hooking import Around, Forward, Hooks
 from ditkit.seams.layout import TokenLayout
 from ditkit.seams.stats import Stats, counting
-from ditkit.seams.steps import StepClock
+from ditkit.seams.steps import Step, StepClock, shape_of
 from ditkit.seams.tokens import TokenSeam
 
 _OUTWARDS = ("attention", "tokens", "blocks")
@@ -86,10 +86,12 @@ class Host:
         self.running = False
         self.attaching = ""
         self.arguments: dict[str, Any] = {}
+        self._text: int | None = None
         self._signature = inspect.signature(type(model).forward)
         self._removers: list[Callable[[], None]] = []
         self._notes: list[Callable[[], list[str]]] = []
         self._layouts: dict[Hashable, TokenLayout] = {}
+        self._finishers: list[Callable[[Step, Tensor], Tensor]] = []
         self._seen: TokenLayout | None = None
         self._root = _Root(self.around)
         self.blocks = BlockSeam(self)
@@ -105,6 +107,10 @@ class Host:
     def on_remove(self, callback: Callable[[], None]) -> None:
         """Call back when the methods are taken off, after the last forward."""
         self._removers.append(callback)
+
+    def finish(self, finisher: Callable[[Step, Tensor], Tensor]) -> None:
+        """Let a method put another tensor of the same shape in place of the model's output."""
+        self._finishers.append(finisher)
 
     def note(self, notes: Callable[[], list[str]]) -> None:
         """Let a method add plain words to the report when it is asked for."""
@@ -128,7 +134,17 @@ class Host:
     def text_length(self) -> int:
         """Text tokens in the joint sequence of the forward that runs; of what cross-attention reads, where
         the text has attention modules of its own."""
-        return self.anatomy.text_tokens(self.anatomy, self.model, self.arguments)
+        if self._text is None:
+            # Once for each forward: some classes have to read a mask to know.
+            self._text = self.anatomy.text_tokens(self.anatomy, self.model, self.arguments)
+        return self._text
+
+    def device(self) -> torch.device:
+        """Where the sample of the forward that runs is."""
+        sample = self.arguments[self.anatomy.sample]
+        while not isinstance(sample, Tensor):
+            sample = sample[0]
+        return sample.device
 
     def image_rows(self) -> slice:
         """The image tokens in the joint sequence of the forward that runs, computed or not."""
@@ -172,6 +188,7 @@ class Host:
                 failures.append(failure)
         self._removers.clear()
         self._notes.clear()
+        self._finishers.clear()
         self.arguments = {}
         self._layouts.clear()
         if failures:
@@ -191,7 +208,7 @@ class Host:
             return forward(*args, **kwargs)
         arguments = dict(self._signature.bind_partial(self.model, *args, **kwargs).arguments)
         arguments.pop("self", None)
-        self.arguments = arguments
+        self.arguments, self._text = arguments, None
         step = self.clock.begin(arguments, self._root.context)
         start = time.perf_counter()
         self.running = True
@@ -201,7 +218,9 @@ class Host:
             if "attention" in vars(self):
                 self.attention.begin()
             shapes = _shapes(arguments)
-            output = self._counted(forward, args, kwargs, shapes)
+            output = self._counted(self.blocks.around_model(forward), args, kwargs, shapes)
+            for finisher in self._finishers:
+                output = _exchanged(output, finisher(step, _sample(output)))
         except BaseException:
             self.clock.restart()
             raise
@@ -259,7 +278,19 @@ def inside(module: nn.Module) -> nn.Module:
     return getattr(module, "_orig_mod", module)
 
 
+def _sample(output: Any) -> Tensor:
+    """The tensor in what a model returned: a tensor, a tuple or a ModelOutput."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _exchanged(output: Any, sample: Tensor) -> Any:
+    if isinstance(output, Tensor):
+        return sample
+    if isinstance(output, tuple):
+        return (sample, *output[1:])
+    output[next(iter(output))] = sample
+    return output
+
+
 def _shapes(arguments: dict[str, Any]) -> Hashable:
-    return tuple(
-        (name, tuple(value.shape) if isinstance(value, Tensor) else None) for name, value in arguments.items()
-    )
+    return tuple((name, shape_of(value)) for name, value in arguments.items())

@@ -126,6 +126,7 @@ class Stats:
     forwards: Counter[tuple[Hashable, Hashable]] = field(default_factory=Counter)
     dense_kind: dict[Hashable, Hashable] = field(default_factory=dict)
     densities: list[tuple[float, int]] = field(default_factory=list)
+    token_shares: list[float] = field(default_factory=list)
     modes: list[Callable[[], Hashable]] = field(default_factory=list)
     computed_at: list[int] = field(default_factory=list)
     series: dict[str, dict[int, float]] = field(default_factory=dict)
@@ -152,6 +153,10 @@ class Stats:
     def attended(self, density: float, calls: int = 1) -> None:
         """Note that attention calls computed this share of their query-key pairs, 0 to 1."""
         self.densities.append((density, calls))
+
+    def ran(self, share: float) -> None:
+        """Note the share of the image tokens, 0 to 1, that a forward ran on."""
+        self.token_shares.append(share)
 
     def forward(
         self, step: tuple[int, int], branch: str, computed: bool, shapes: Hashable, kind: Hashable
@@ -222,6 +227,7 @@ class Report:
         bytes_cached: the most bytes that methods held between steps at one time.
         seconds: wall time inside the transformer's forward.
         density: mean share of query-key pairs that replaced attention calls computed; None without any.
+        tokens: mean share of the image tokens that forwards ran on; None where no method chooses tokens.
         notes: plain words, e.g. why a method could not help here.
         computed_at: indices of the steps that the last generation computed.
         series: figures by which a method decided in the last generation: name -> step index -> value.
@@ -241,6 +247,7 @@ class Report:
     seconds: float
     density: float | None
     notes: list[str]
+    tokens: float | None = None
     computed_at: list[int] = field(default_factory=list)
     series: dict[str, dict[int, float]] = field(default_factory=dict)
     ceilings: dict[str, float] = field(default_factory=dict)
@@ -265,6 +272,8 @@ class Report:
         if self.flops is not None and self.flops_dense:
             ratio = self.flops_dense / max(self.flops, 1)
             rows.append(("FLOPs", f"{self.flops:.3e} of {self.flops_dense:.3e} dense ({ratio:.2f}x fewer)"))
+        if self.tokens is not None:
+            rows.append(("tokens", f"{100 * self.tokens:.1f} % of the image tokens ran"))
         rows += [("ceiling", f"{most:.2f}x fewer with {name}") for name, most in self.ceilings.items()]
         rows.append(("cached", f"{self.bytes_cached / 2**20:.2f} MiB at most"))
         rows.append(("seconds", f"{self.seconds:.3f} in the transformer"))
@@ -298,6 +307,7 @@ def combine(stats: list[Stats], methods: list[str], notes: list[str]) -> Report:
             branches.setdefault(branch, Counter()).update(counts)
     densities = [pair for one in stats for pair in one.densities]
     calls = sum(number for _, number in densities)
+    shares = [share for one in stats for share in one.token_shares]
     steps = sum(one.steps for one in stats)
     computed = sum(one.steps_computed for one in stats)
     return Report(
@@ -316,6 +326,7 @@ def combine(stats: list[Stats], methods: list[str], notes: list[str]) -> Report:
         seconds=sum(one.seconds for one in stats),
         density=sum(density * number for density, number in densities) / calls if calls else None,
         notes=notes,
+        tokens=sum(shares) / len(shares) if shares else None,
         computed_at=sorted({index for one in stats for index in one.computed_at}),
         series={name: values for one in stats for name, values in one.series.items()},
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,6 +34,8 @@ class Step:
             `"uncond"`), else the ordinal of the call within the step: `"0"`, `"1"`, ...
         generation: rises with each new generation.
         sigma: the scheduler's noise level at this step, None when there is none.
+        euler_to: the noise level that the scheduler's step leads to, if it is an Euler step in it, i.e.
+            x(euler_to) = x(sigma) + (euler_to - sigma) x the transformer's prediction; else None.
     """
 
     index: int
@@ -42,6 +44,7 @@ class Step:
     branch: str
     generation: int
     sigma: float | None = None
+    euler_to: float | None = None
 
     def at(self, coordinate: Coordinate) -> float:
         """Where the step lies: its index, or its noise level, for which the timestep stands in where the
@@ -74,6 +77,7 @@ class StepClock:
         self._scheduler: Any = None
         self._callbacks: list[Callable[[], None]] = []
         self._on_schedule: list[Callable[[], None]] = []
+        self._on_prediction: list[Callable[[Step, float | None, Tensor], None]] = []
         self._step: Step | None = None
         self._generation = -1
         self._renew = True
@@ -86,6 +90,7 @@ class StepClock:
         self._direction = 0
         self._times: list[float] = []
         self._sigmas: list[float] = []
+        self._euler = False
         self._calls: Counter[str] = Counter()
         self._shapes: dict[str, tuple[Any, ...]] = {}
         self._sample: Tensor | None = None
@@ -114,6 +119,11 @@ class StepClock:
         """Call back when the pipeline's scheduler got its timesteps, before the first forward."""
         self._on_schedule.append(callback)
 
+    def on_prediction(self, callback: Callable[[Step, float | None, Tensor], None]) -> None:
+        """Call back when the pipeline's scheduler is given the prediction of a step: with the step, the noise
+        level that follows and the prediction, after guidance."""
+        self._on_prediction.append(callback)
+
     def restart(self) -> None:
         """The next forward starts a new generation."""
         self._renew = True
@@ -132,6 +142,7 @@ class StepClock:
         self._listen_to(None)
         self._callbacks.clear()
         self._on_schedule.clear()
+        self._on_prediction.clear()
         self._sample = None
 
     def _listen_to(self, scheduler: Any) -> None:
@@ -147,6 +158,16 @@ class StepClock:
         for callback in self._on_schedule:
             callback()
 
+    def stepping(self, scheduler: Any, model_output: Any) -> None:
+        # Of two transformers that share a scheduler only the one that ran has predicted.
+        ran = not self._renew and self._steps_seen == self._steps_taken
+        if self._step is None or not ran or not isinstance(model_output, Tensor):
+            return
+        place = self._first + self._index + 1
+        following = self._sigmas[place] if place < len(self._sigmas) else None
+        for callback in self._on_prediction:
+            callback(self._step, following, model_output)
+
     def stepped(self, scheduler: Any) -> None:
         self._steps_taken += 1
         place = getattr(scheduler, "step_index", None)
@@ -158,7 +179,7 @@ class StepClock:
     def _read_schedule(self, timestep: float) -> None:
         """Timesteps, noise levels and the place of the first step in them (img2img starts midway)."""
         scheduler = self._scheduler
-        self._times, self._sigmas, self._first = [], [], 0
+        self._times, self._sigmas, self._first, self._euler = [], [], 0, False
         times = getattr(scheduler, "timesteps", None)
         if not self._scheduled or times is None:
             return
@@ -166,6 +187,7 @@ class StepClock:
         sigmas = getattr(scheduler, "sigmas", None)
         if sigmas is not None and len(sigmas) >= len(self._times):
             self._sigmas = [float(sigma) for sigma in torch.as_tensor(sigmas).flatten().tolist()]
+        self._euler = _is_euler(scheduler)
         begin = getattr(scheduler, "begin_index", None)
         self._first = int(begin) if begin else self._find(timestep)
 
@@ -199,7 +221,9 @@ class StepClock:
         timestep = _largest(arguments.get(self._anatomy.timestep))
         sample = arguments.get(self._anatomy.sample)
         shapes = tuple(
-            (name, tuple(value.shape)) for name, value in arguments.items() if isinstance(value, Tensor)
+            (name, shape_of(value))
+            for name, value in arguments.items()
+            if isinstance(value, Tensor) or name == self._anatomy.sample
         )
         if self._renew or self._is_new(timestep, sample):
             self._start(timestep)
@@ -221,6 +245,7 @@ class StepClock:
             branch=branch,
             generation=self._generation,
             sigma=self._sigmas[place] if place < len(self._sigmas) else None,
+            euler_to=self._sigmas[place + 1] if self._euler and place + 1 < len(self._sigmas) else None,
         )
         return self._step
 
@@ -265,6 +290,14 @@ class StepClock:
         self._calls.clear()
 
 
+def _is_euler(scheduler: Any) -> bool:
+    """Is a step of the scheduler x + (next sigma - sigma) x prediction, without noise?"""
+    config, name = getattr(scheduler, "config", {}), type(scheduler).__name__
+    if name == "FlowMatchEulerDiscreteScheduler":
+        return not config.get("stochastic_sampling", False)
+    return name == "EulerDiscreteScheduler" and config.get("prediction_type") == "epsilon"
+
+
 def _largest(timestep: Any) -> float:
     if isinstance(timestep, Tensor):
         return float(timestep.max())
@@ -273,3 +306,10 @@ def _largest(timestep: Any) -> float:
 
 def _same(one: Tensor, other: Tensor) -> bool:
     return one is other or (one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other))
+
+
+def shape_of(value: Any) -> Hashable:
+    """The shape of a tensor, the shapes in a list of tensors (Z-Image's samples), None for anything else."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    return tuple(map(shape_of, value)) if isinstance(value, (list, tuple)) else None

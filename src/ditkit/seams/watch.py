@@ -15,6 +15,8 @@ from typing import Any, Protocol
 class Listener(Protocol):
     def timesteps_set(self, scheduler: Any) -> None: ...
 
+    def stepping(self, scheduler: Any, model_output: Any) -> None: ...
+
     def stepped(self, scheduler: Any) -> None: ...
 
 
@@ -27,6 +29,10 @@ def _tell(cls: type, name: str, event: str) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if event == "stepped":
+            model_output = args[0] if args else kwargs.get("model_output")
+            for listener in tuple(_listeners.get(id(self), ())):
+                listener.stepping(self, model_output)
         result = original(self, *args, **kwargs)
         for listener in tuple(_listeners.get(id(self), ())):
             getattr(listener, event)(self)
@@ -50,7 +56,7 @@ def _watched(cls: type) -> type:
 
 
 def watch(scheduler: Any, listener: Listener) -> None:
-    """Call the listener after each `set_timesteps` and each `step` of this instance."""
+    """Call the listener after each `set_timesteps`, before and after each `step` of this instance."""
     if not hasattr(scheduler, _MARK):
         scheduler.__class__ = _watched(type(scheduler))
     _listeners.setdefault(id(scheduler), []).append(listener)

@@ -9,17 +9,18 @@ from torch import nn
 
 from ditkit.seams.anatomy import Anatomy, Arguments, Attention, Stack, Unit
 from ditkit.seams.facts.grids import controlled, packed_grid
-from ditkit.seams.facts.rows import columns, modulation, pair
+from ditkit.seams.facts.rows import modulation, pair, table
 from ditkit.seams.facts.stacks import FEED_FORWARDS, TEXT_FIRST, double_stream, single_stream
 
 _ARGUMENTS = ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb")
-_ROTARY = {"image_rotary_emb": pair(0, prefix=True)}
+_ROTARY = {"image_rotary_emb": pair(0, "prefix")}
 _DOUBLE = double_stream("transformer_blocks", _ARGUMENTS, TEXT_FIRST, _ROTARY)
 
 _FLUX = Anatomy(
     name="FluxTransformer2DModel",
     text="prefix",
     grid=packed_grid,
+    packed=2,
     no_tokens=controlled,
     stacks=(_DOUBLE, single_stream("single_transformer_blocks", _ARGUMENTS, _ROTARY, TEXT_FIRST)),
 )
@@ -27,6 +28,7 @@ _FLUX = Anatomy(
 _BRIA_FIBO = dataclasses.replace(
     _FLUX,
     name="BriaFiboTransformer2DModel",
+    packed=1,
     # Between the blocks, half of the text's channels are replaced by a layer of the text encoder.
     stacks=(
         _DOUBLE,
@@ -47,7 +49,7 @@ _OVIS = dataclasses.replace(
     ),
 )
 
-_CHROMA_ROWS = {**_ROTARY, "attention_mask": columns(prefix=True)}
+_CHROMA_ROWS = {**_ROTARY, "attention_mask": table(-1, "prefix")}
 _CHROMA = dataclasses.replace(
     _FLUX,
     name="ChromaTransformer2DModel",
@@ -76,6 +78,7 @@ _FLUX2 = Anatomy(
     name="Flux2Transformer2DModel",
     text="prefix",
     grid=packed_grid,
+    packed=2,
     no_tokens=_references,
     stacks=(
         Stack(
@@ -118,6 +121,7 @@ _FLUX3 = Anatomy(
     name="Flux3Transformer2DModel",
     text="prefix",
     grid=packed_grid,
+    packed=2,
     no_tokens=_conditions,
     stacks=(
         # `txt_mode_blocks` see text only and `mode_blocks.image_cond` the reference only: left alone.

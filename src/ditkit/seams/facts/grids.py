@@ -18,7 +18,11 @@ Grid = tuple[int, int, int]
 def packed_grid(model: nn.Module, arguments: Arguments) -> Grid:
     """Flux: positions of the image tokens, img_ids (L, 3) = frame, row, column."""
     ids = arguments["img_ids"]
-    ids = ids[0] if ids.ndim == 3 else ids
+    return positions(ids[0] if ids.ndim == 3 else ids)
+
+
+def positions(ids: Tensor) -> Grid:
+    """(L, 3) or more columns: frame, row and column of each image token."""
     size = (ids.amax(0) - ids.amin(0) + 1).tolist()
     return int(size[0]), int(size[1]), int(size[2])
 
@@ -52,13 +56,33 @@ def patched_2d(model: nn.Module, arguments: Arguments) -> Grid:
 
 
 def patched_3d(model: nn.Module, arguments: Arguments) -> Grid:
-    """Wan: (B, C, F, H, W) and a patch for each axis; HunyuanVideo: patch_size_t, patch_size."""
-    config: Any = model.config
+    """(B, C, F, H, W) with a patch for each axis (Wan), or patch_size and perhaps patch_size_t."""
     frames, height, width = arguments["hidden_states"].shape[-3:]
+    patch = _patches(model)
+    return frames // patch[0], height // patch[1], width // patch[2]
+
+
+def frames_first(model: nn.Module, arguments: Arguments) -> Grid:
+    """(B, F, C, H, W): CogVideoX, AnyFlow."""
+    _, frames, _, height, width = arguments["hidden_states"].shape
+    patch = _patches(model)
+    return frames // patch[0], height // patch[1], width // patch[2]
+
+
+def channels_last(model: nn.Module, arguments: Arguments) -> Grid:
+    """(B, F, H, W, C): Kandinsky."""
+    _, frames, height, width, _ = arguments["hidden_states"].shape
+    patch = _patches(model)
+    return frames // patch[0], height // patch[1], width // patch[2]
+
+
+def _patches(model: nn.Module) -> tuple[int, int, int]:
+    config: Any = model.config
     patch = config.patch_size
     if isinstance(patch, int):
-        patch = (config.patch_size_t or 1, patch, patch)
-    return frames // patch[0], height // patch[1], width // patch[2]
+        # None before CogVideoX 1.5; other classes have no patch over time at all.
+        return getattr(config, "patch_size_t", None) or 1, patch, patch
+    return tuple(patch)  # type: ignore[return-value]
 
 
 def patched_nd(model: nn.Module, arguments: Arguments) -> Grid:
@@ -67,13 +91,6 @@ def patched_nd(model: nn.Module, arguments: Arguments) -> Grid:
     patches: Any = model.config.patch_size  # type: ignore[union-attr]
     tokens = [int(size) // patch for size, patch in zip(sizes, patches, strict=True)]
     return tokens[0] if len(tokens) == 3 else 1, tokens[-2], tokens[-1]
-
-
-def frames_first(model: nn.Module, arguments: Arguments) -> Grid:
-    """CogVideoX: (B, F, C, H, W); patch_size_t is None before version 1.5."""
-    config: Any = model.config
-    _, frames, _, height, width = arguments["hidden_states"].shape
-    return frames // (config.patch_size_t or 1), height // config.patch_size, width // config.patch_size
 
 
 def own_grid(model: nn.Module, arguments: Arguments) -> Grid:

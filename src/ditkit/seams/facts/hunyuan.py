@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 
-from ditkit.seams.anatomy import Anatomy, Attention, Stack, Unit
-from ditkit.seams.facts.grids import controlled, patched_2d, patched_3d, patched_nd, replaced_frame
-from ditkit.seams.facts.rows import columns, pair
-from ditkit.seams.facts.stacks import TEXT_LAST, double_stream, single_stream
+from torch import nn
+
+from ditkit.seams.anatomy import Anatomy, Arguments, Attention, Stack, Unit
+from ditkit.seams.errors import SeamError
+from ditkit.seams.facts.grids import Grid, controlled, patched_2d, patched_3d, patched_nd, replaced_frame
+from ditkit.seams.facts.rows import pair, table
+from ditkit.seams.facts.stacks import (
+    ADA_NORMS,
+    FEED_FORWARDS,
+    SINGLE,
+    TEXT_LAST,
+    double_stream,
+    single_stream,
+)
 
 _START = ("hidden_states", "encoder_hidden_states", "temb", "attention_mask")
-_MASK = {"attention_mask": columns()}
+_MASK = {"attention_mask": table(-1, "suffix")}
 
 _HUNYUAN_VIDEO = Anatomy(
     name="HunyuanVideoTransformer3DModel",
@@ -63,6 +73,47 @@ _HUNYUAN_IMAGE = Anatomy(
     ),
 )
 
+_MOTIF_REASON = "num_decoder_layers runs the last blocks on the picture's tokens twice in one sequence"
+
+
+def _motif_decodes(model: nn.Module, arguments: Arguments) -> str | None:
+    return _MOTIF_REASON if model.config.num_decoder_layers > 0 else None  # type: ignore[union-attr]
+
+
+def _motif_grid(model: nn.Module, arguments: Arguments) -> Grid:
+    if _motif_decodes(model, arguments) is not None:
+        raise SeamError(f"{_MOTIF_REASON}; methods that need the grid can't be applied")
+    return patched_3d(model, arguments)
+
+
+_MOTIF_DOUBLE = double_stream("transformer_blocks", (*_START, "image_rotary_emb"), TEXT_LAST, _IMAGE_ROWS)
+_MOTIF_SINGLE = single_stream("single_transformer_blocks", _MOTIF_DOUBLE.arguments, _IMAGE_ROWS, TEXT_LAST)
+_MOTIF_SITES = (Attention("attn", "joint"), Attention("cross_attn", "cross"))
+_MOTIF = Anatomy(
+    name="MotifVideoTransformer3DModel",
+    text="suffix",
+    grid=_motif_grid,
+    encoder=("image_embeds", "encoder_hidden_states"),
+    no_tokens=_motif_decodes,
+    stacks=(
+        # A cross-attention reads what the joint attention gives and the normed text.
+        dataclasses.replace(
+            _MOTIF_DOUBLE,
+            units=(
+                Unit("attn", bypass=ADA_NORMS),
+                Unit("cross_attn", bypass=("norm1_context.norm",)),
+                *FEED_FORWARDS,
+            ),
+            attention=_MOTIF_SITES,
+        ),
+        dataclasses.replace(
+            _MOTIF_SINGLE,
+            units=(Unit("proj_out", bypass=(*SINGLE.bypass, "cross_attn")),),
+            attention=_MOTIF_SITES,
+        ),
+    ),
+)
+
 _HUNYUAN_DIT = Anatomy(
     name="HunyuanDiT2DModel",
     text="cross",
@@ -86,4 +137,4 @@ _HUNYUAN_DIT = Anatomy(
     ),
 )
 
-ANATOMIES = (_HUNYUAN_VIDEO, _FRAMEPACK, _HUNYUAN_VIDEO15, _HUNYUAN_IMAGE, _HUNYUAN_DIT)
+ANATOMIES = (_HUNYUAN_VIDEO, _FRAMEPACK, _HUNYUAN_VIDEO15, _HUNYUAN_IMAGE, _MOTIF, _HUNYUAN_DIT)

@@ -5,59 +5,73 @@ B batch, L image tokens, T text tokens, D head width.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ditkit.seams.anatomy import Rows
 
-def pair(dim: int, *, prefix: bool = False) -> Any:
-    """Rotary (cos, sin) with a row for each image token along `dim`; with `prefix` after the text's rows."""
+Text = Literal["prefix", "suffix"]
 
-    def rows(tables: Any, indices: Tensor, text: int) -> Any:
-        if tables is None:
-            return None
-        offset = text if prefix else 0
-        wanted = torch.cat([torch.arange(offset, device=indices.device), indices + offset])
-        return tuple(table.index_select(dim, wanted.to(table.device)) for table in tables)
+
+def _pick(value: Tensor, dim: int, indices: Tensor, text: int, place: Text | None) -> Tensor:
+    """The selected image rows, with all text rows before or behind them when `value` has them there."""
+    words = torch.arange(text, device=indices.device)
+    if place == "prefix":
+        indices = torch.cat([words, indices + text])
+    elif place == "suffix":
+        indices = torch.cat([indices, words + value.shape[dim] - text])
+    return value.index_select(dim, indices.to(value.device))
+
+
+def table(dim: int, text: Text | None = None) -> Rows:
+    """A tensor with a row for each token along `dim`."""
+
+    def rows(value: Any, indices: Tensor, length: int) -> Any:
+        return None if value is None else _pick(value, dim, indices, length, text)
 
     return rows
 
 
-def first_of_pair(tables: Any, indices: Tensor, text: int) -> Any:
-    """QwenImage: (image frequencies (L, D/2), text frequencies): only the first has image rows."""
-    return tables[0].index_select(0, indices.to(tables[0].device)), tables[1]
+def pair(dim: int, text: Text | None = None) -> Rows:
+    """Rotary (cos, sin), each with a row for each token along `dim`."""
+
+    def rows(tables: Any, indices: Tensor, length: int) -> Any:
+        return None if tables is None else tuple(_pick(one, dim, indices, length, text) for one in tables)
+
+    return rows
 
 
-def columns(*, prefix: bool = False) -> Any:
-    """A mask (..., L + T) of the keys: columns of the selected image tokens and all text columns, which stand
-    behind, or with `prefix` before the image."""
+def first(rows: Rows) -> Rows:
+    """(image rows, text rows): only the first is selected from."""
+    return lambda tables, indices, length: (rows(tables[0], indices, length), *tables[1:])
 
-    def rows(mask: Any, indices: Tensor, text: int) -> Any:
+
+def square(text: Text | None = None) -> Rows:
+    """A mask (..., S, S) between tokens."""
+
+    def rows(mask: Any, indices: Tensor, length: int) -> Any:
         if mask is None:
             return None
-        image = mask.shape[-1] - text
-        words = torch.arange(text, device=indices.device)
-        order = [words, indices + text] if prefix else [indices, words + image]
-        return mask.index_select(-1, torch.cat(order).to(mask.device))
+        return _pick(_pick(mask, -1, indices, length, text), -2, indices, length, text)
 
     return rows
 
 
-def square(mask: Any, indices: Tensor, text: int) -> Any:
-    """A mask (..., L, L) between image tokens."""
-    if mask is None:
-        return None
-    indices = indices.to(mask.device)
-    return mask.index_select(-1, indices).index_select(-2, indices)
+def modulation(dim: int, ndim: int) -> Rows:
+    """Modulation with a row for each image token along `dim`; left alone when it has one row for all."""
 
-
-def modulation(dim: int, ndim: int) -> Any:
-    """Modulation with a row for each token along `dim`; left alone when it has one row for all."""
-
-    def rows(value: Any, indices: Tensor, text: int) -> Any:
+    def rows(value: Any, indices: Tensor, length: int) -> Any:
         if value is None or value.ndim != ndim or value.shape[dim] == 1:
             return value
         return value.index_select(dim, indices.to(value.device))
 
     return rows
+
+
+def named(rows: Rows, *names: str) -> Rows:
+    """A dictionary of tables, those with these names."""
+    return lambda tables, indices, length: {
+        name: rows(value, indices, length) if name in names else value for name, value in tables.items()
+    }

@@ -7,8 +7,8 @@ import dataclasses
 from torch import nn
 
 from ditkit.seams.anatomy import Anatomy, Attention, Stack, Unit
-from ditkit.seams.facts.grids import patched_3d
-from ditkit.seams.facts.rows import modulation, pair, square
+from ditkit.seams.facts.grids import frames_first, patched_3d
+from ditkit.seams.facts.rows import modulation, named, pair, square, table
 
 _ARGUMENTS = ("hidden_states", "encoder_hidden_states", "temb", "rotary_emb")
 _BLOCKS = Stack(
@@ -41,7 +41,7 @@ _SKYREELS = dataclasses.replace(
             _BLOCKS,
             arguments=(*_ARGUMENTS, "attention_mask"),
             # Diffusion forcing: frames have timesteps of their own, and may not look ahead.
-            token_rows={"rotary_emb": pair(1), "temb": modulation(2, ndim=4), "attention_mask": square},
+            token_rows={"rotary_emb": pair(1), "temb": modulation(2, ndim=4), "attention_mask": square()},
         ),
     ),
 )
@@ -57,7 +57,7 @@ _VACE = dataclasses.replace(
     _WAN,
     name="WanVACETransformer3DModel",
     unfit={"tokens": "the control branch reads all tokens of the video beside its own"},
-    no_blocks=_hint_at_the_end,
+    no_stack=_hint_at_the_end,
     stacks=(
         dataclasses.replace(
             _BLOCKS,
@@ -84,10 +84,28 @@ _ANIMATE = dataclasses.replace(
     unfit={"tokens": "the face adapters between the blocks group the tokens by frame"},
 )
 
+_ANYFLOW = dataclasses.replace(
+    _WAN,
+    name="AnyFlowTransformer3DModel",
+    grid=frames_first,
+    stacks=(
+        dataclasses.replace(
+            _BLOCKS, token_rows={"rotary_emb": named(table(2), "query", "key"), "temb": modulation(1, ndim=4)}
+        ),
+    ),
+)
+
+_HISTORY = "frames of the past at several resolutions stand before the new ones in one sequence"
+_HELIOS = dataclasses.replace(
+    _WAN, name="HeliosTransformer3DModel", unfit={"tokens": _HISTORY, "attention": _HISTORY}
+)
+
 ANATOMIES = (
     _WAN,
     dataclasses.replace(_WAN, name="ChronoEditTransformer3DModel"),
     _SKYREELS,
     _VACE,
     _ANIMATE,
+    _ANYFLOW,
+    _HELIOS,
 )
