@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ditkit.cli.common import console, guarded
+from ditkit.cli.common import UsageError, console, guarded
 
 
 def add_to(app: typer.Typer) -> None:
@@ -56,6 +56,10 @@ def _sizes(architecture: str, variant: str | None) -> None:
     """Parameters and multiply-adds of the configurations, counted here, beside the published ones."""
     from ditkit.models.sizes import PUBLISHED, Size, measure, named
 
+    names = [f"{architecture}-{variant}"] if variant else named(architecture)
+    if unknown := set(names) - set(named(architecture)):
+        raise UsageError(f"no configuration {unknown.pop()!r}; there are {', '.join(named(architecture))}")
+
     def millions(count: float | None) -> str:
         return "" if count is None else f"{count / 1e6:,.1f} M"
 
@@ -64,7 +68,7 @@ def _sizes(architecture: str, variant: str | None) -> None:
 
     columns = ("configuration", "parameters", "published", "multiply-adds", "published")
     table = Table(*columns, header_style="bold", pad_edge=False)
-    for name in [f"{architecture}-{variant}"] if variant else named(architecture):
+    for name in names:
         size, published = measure(name), PUBLISHED.get(name, Size(None))
         table.add_row(
             name,
