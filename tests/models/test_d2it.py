@@ -140,6 +140,13 @@ class TestContentTransformer:
             alone = model(latent[one], times[one], labels[one], grain=grain[one]).sample
             torch.testing.assert_close(together[one], alone, atol=1e-5, rtol=1e-5)
 
+    @torch.no_grad()
+    def test_fine_everywhere_is_the_default(self) -> None:
+        model = CASES["d2it"].model()
+        batch = inputs(model)
+        everywhere = model(*batch, grain=torch.ones(2, 4, 4)).sample
+        torch.testing.assert_close(model(*batch).sample, everywhere, atol=1e-6, rtol=1e-6)
+
     def test_without_refinement(self) -> None:
         model = CASES["d2it"].model(refine_depth=0)
         assert not [name for name in model.state_dict() if "cell" in name or "refine" in name]

@@ -42,12 +42,15 @@ def network_outputs(case: dict[str, Any], tensors: Tensors) -> Tensors:
     ours = {name: _place(model, name) for name in expected}
     with record(model, set(ours.values())) as seen:
         out = model(inputs["x"], inputs["t"], inputs.get("y")).sample
-    guided = model.forward_with_cfg(inputs["x"], inputs["t"], inputs["y"], float(case["cfg_scale"]))
     middle = {name: seen[ours[name]] for name in expected}
     middle = {
         name: value.flatten(0, 1) if name.endswith(".attn") else value for name, value in middle.items()
     }
-    return {"out": out, "cfg": guided, **{f"mid.{name}": value for name, value in middle.items()}}
+    computed = {"out": out, **{f"mid.{name}": value for name, value in middle.items()}}
+    if "outputs.cfg" in tensors:
+        guided = model.forward_with_cfg(inputs["x"], inputs["t"], inputs["y"], float(case["cfg_scale"]))
+        computed["cfg"] = guided
+    return computed
 
 
 def _place(model: LaMambaDiff, name: str) -> str:

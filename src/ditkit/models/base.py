@@ -42,6 +42,16 @@ class ClassConditionalModel(ModelMixin, ConfigMixin, CacheMixin):
             return checkpoint(block, *arguments)
         return block(*arguments)
 
+    def example_inputs(self) -> dict[str, Tensor]:
+        """Arguments of a forward of one sample at the size the model was built for, all zero, on the current
+        device."""
+        whole = torch.zeros(1, dtype=torch.long)
+        return {
+            "hidden_states": torch.zeros(1, self.in_channels, *self.latent_size),
+            "timestep": whole,
+            "class_labels": whole,
+        }
+
     def labels(self, class_labels: Tensor | None, batch: int) -> Tensor:
         """The labels (B,), the null class for all when there are none.
 

@@ -145,6 +145,7 @@ class D2iT(ClassConditionalModel):
             timestep = timestep.expand(len(hidden_states))
         self.check(hidden_states, timestep, class_labels)
         grid = self.x_embedder.grid(*hidden_states.shape[2:])
+        everywhere = grain is None
         if grain is None:
             grain = torch.ones(len(hidden_states), *grid, dtype=torch.bool, device=hidden_states.device)
         if grain.shape != (len(hidden_states), *grid):
@@ -162,28 +163,33 @@ class D2iT(ClassConditionalModel):
             tokens = self.run(block, tokens, condition)
         rough = unpatchify(self.final_layer(tokens, condition), grid, 2)  # (B, C_out, 2h, 2w)
         sample = share_in_regions(rough, grain)
-        if len(self.refine_blocks) and bool(grain.any()):
-            correction = self._refine(hidden_states, tokens.unflatten(1, grid), condition, grain)
+        if len(self.refine_blocks) and (everywhere or bool(grain.any())):
+            where = None if everywhere else grain
+            correction = self._refine(hidden_states, tokens.unflatten(1, grid), condition, where)
             sample = torch.cat(
                 [sample[:, : self.in_channels] + correction, sample[:, self.in_channels :]], dim=1
             )
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def _refine(self, latent: Tensor, tokens: Tensor, condition: Tensor, grain: Tensor) -> Tensor:
+    def _refine(self, latent: Tensor, tokens: Tensor, condition: Tensor, grain: Tensor | None) -> Tensor:
         """The correction (B, C, 2h, 2w) of the noise in fine regions, zero elsewhere.
 
         Args:
             latent: (B, C, 2h, 2w).
             tokens: the base's output (B, h, w, D).
             condition: (B, 1, D).
-            grain: (B, h, w), at least one of it fine.
+            grain: (B, h, w), at least one of it fine; None: all of them.
         """
         size = (latent.shape[2], latent.shape[3])
-        fine = to_cells(grain).flatten(1)  # (B, 4 h w)
         cells = self.cell_embedder(latent.movedim(1, -1)).flatten(1, 2)  # (B, 4 h w, D)
         cells = cells + _positions(self.cell_pos_embed, size) + self.grain_embedder.weight[1]
         coarse = to_cells(tokens.movedim(-1, 1)).movedim(1, -1).flatten(1, 2)  # (B, 4 h w, D)
         both = self.cell_merge(torch.cat([cells, coarse], dim=-1))
+        if grain is None:
+            for block in self.refine_blocks:
+                both = self.run(block, both, condition)
+            return self.refine_layer(both, condition).transpose(1, 2).unflatten(2, size)
+        fine = to_cells(grain).flatten(1)  # (B, 4 h w)
         most = int(fine.sum(1).max())
         picked = (~fine).long().argsort(dim=1, stable=True)[:, :most]  # (B, K), fine cells first
         real = fine.gather(1, picked)  # (B, K)
@@ -332,6 +338,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     summary="rough noise for all regions, a correction where there is detail; d2it-{b,l,xl}",
     paper=PAPER,
     seam=("architecture",),
+    variants=tuple(VARIANTS),
 )
 def d2it(variant: str | None = None, **config: Any) -> D2iT:
     """A fresh D2iT of a named variant ("xl"; None: the defaults), with changes to its config."""

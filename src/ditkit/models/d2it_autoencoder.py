@@ -229,6 +229,7 @@ class DualGrainEncoder(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """The coarse codes (B, z, h, w) and the fine ones (B, z, 2h, 2w)."""
         maps, fine = self.conv_in(images), images
+        level: Any
         for level in self.down:
             maps = level(maps)
             if hasattr(level, "downsample"):
@@ -257,6 +258,7 @@ class _Decoder(nn.Module):
 
     def forward(self, latent: Tensor) -> Tensor:
         maps = self.mid(self.conv_in(latent))
+        level: Any
         for level in list(self.up)[::-1]:
             maps = level(maps)
             maps = level.upsample(maps) if hasattr(level, "upsample") else maps

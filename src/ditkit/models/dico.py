@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from diffusers import ModelMixin  # noqa: F401  (a saved pipeline looks for it beside the model's class)
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
@@ -332,6 +333,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "DiCo: Revitalizing ConvNets for Scalable and Efficient Diffusion Modeling", "2505.11196", 2025
     ),
     seam=("architecture",),
+    variants=tuple(VARIANTS),
 )
 def dico(variant: str | None = None, **config: Any) -> DiCo:
     """A fresh DiCo of a named variant ("xl"; None: the defaults), with changes to its config."""

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from diffusers import ModelMixin  # noqa: F401  (a saved pipeline looks for it beside the model's class)
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
@@ -95,10 +96,11 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor, time: Tensor, label: Tensor | None = None) -> Tensor:
         normed = hidden_states / (hidden_states.square().mean(-1, keepdim=True).sqrt() + 1e-8)
+        scale: Any = getattr(self, "scale", None)
         if self.kind == "RMSN":
-            return self.scale * normed  # type: ignore[operator]
+            return scale * normed
         if self.kind == "TDRMSN":
-            return _beside(self.scale(time), normed) * normed
+            return _beside(scale(time), normed) * normed
         if label is None:
             raise ValueError("norm_type='ADARMSN' needs a class token: it works in transformer stages only")
         return _beside(1 + self.linear(label), normed) * normed
@@ -359,8 +361,8 @@ class DiMR(ClassConditionalModel):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.trunc_normal_(module.weight, std=0.02, a=-2.0, b=2.0)
-                if getattr(module, "bias", None) is not None:
-                    nn.init.zeros_(module.bias)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def predictions(
         self, hidden_states: Tensor, time: Tensor, class_labels: Tensor | None
@@ -513,6 +515,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         2024,
     ),
     seam=("architecture",),
+    variants=tuple(VARIANTS),
 )
 def dimr(variant: str | None = None, **config: Any) -> DiMR:
     """A fresh DiMR of a named variant ("xl/2r", also None), with changes to its config."""

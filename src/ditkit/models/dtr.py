@@ -93,6 +93,7 @@ class UncertaintyWeighting(nn.Module):
     "{s,b,l,xl}/{2,4,8}, ...",
     paper=Paper("Denoising Task Routing for Diffusion Models", "2310.07138", 2023),
     seam=("architecture",),
+    variants=tuple(dit.VARIANTS),
 )
 def dtr(variant: str | None = None, routing: Mapping[str, Any] | None = None, **config: Any) -> Any:
     """A fresh routed model.

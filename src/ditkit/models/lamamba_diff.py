@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import ModelMixin  # noqa: F401  (a saved pipeline looks for it beside the model's class)
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from ditkit.models.base import ClassConditionalModel, both_sides, chosen
 from ditkit.models.layers import LabelEmbedder, TimestepEmbedder, modulate, sincos_table
 from ditkit.models.layouts import LAYOUTS, Layout, Settings, State, count, label_rows, shapes_of
-from ditkit.models.selective_scan import selective_scan
+from ditkit.models.selective_scan import scan_multiply_adds, selective_scan
 from ditkit.models.windows import from_windows, shift_mask, to_windows
 from ditkit.registry import Paper, register
 
@@ -400,16 +401,17 @@ class LaMambaDiff(ClassConditionalModel):
         """The authors' start: Xavier, every gate at zero; scans as Mamba's; the last map is not zero."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.weight) if "adaLN" in name else nn.init.xavier_uniform_(module.weight)
+                start = nn.init.zeros_ if "adaLN" in name else nn.init.xavier_uniform_
+                start(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, WindowAttention):
                 nn.init.trunc_normal_(module.relative_position_bias_table, std=0.02)
-        (
-            nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1)),
-            nn.init.zeros_(self.patch_embed.proj.bias),
-        )
-        for table in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+        stem: Any = self.patch_embed.proj
+        nn.init.xavier_uniform_(stem.weight.flatten(1))
+        nn.init.zeros_(stem.bias)
+        tables: Any = (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2])
+        for table in tables:
             nn.init.normal_(table.weight, std=0.02)
         height, width = self.pos_embed.shape[1:3]
         self.pos_embed.copy_(sincos_table(self.pos_embed.shape[-1], height, width).view_as(self.pos_embed))
@@ -453,6 +455,7 @@ class LaMambaDiff(ClassConditionalModel):
         maps = self.patch_embed(hidden_states)  # (B, H, W, D)
         maps = maps + self.positions(*maps.shape[1:3])
         skips = []
+        stage: Any
         for stage in self.layers:
             maps = self._blocks(stage, maps, condition)
             skips.append(maps)
@@ -467,6 +470,17 @@ class LaMambaDiff(ClassConditionalModel):
         normed = F.layer_norm(maps, maps.shape[-1:], eps=1e-6)
         sample = self.final_linear(modulate(normed, shift, scale)).movedim(-1, 1)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def hidden_multiply_adds(self) -> int:
+        """Of the scans at the size the model was built for, which no counter of matrix products sees."""
+        total = 0
+        height, width = (side // self.config["patch_size"] for side in self.latent_size)
+        down = [*zip(self.layers, (1, 2, 4, 4), strict=True), (self.mid_layer, 4)]
+        for stage, factor in [*down, *zip(self.layers_up, (4, 4, 2, 1), strict=True)]:
+            length = (height // factor) * (width // factor)
+            for block in stage.blocks:
+                total += scan_multiply_adds(1, length, len(block.op.Ds), block.op.state)
+        return total
 
     def _blocks(self, stage: Any, maps: Tensor, condition: Tensor) -> Tensor:
         for block in stage.blocks:
@@ -491,6 +505,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         2024,
     ),
     seam=("architecture",),
+    variants=tuple(VARIANTS),
 )
 def lamamba_diff(variant: str | None = None, **config: Any) -> LaMambaDiff:
     """A fresh LaMamba-Diff of a named variant ("xl"; None: the defaults), with changes to its config."""

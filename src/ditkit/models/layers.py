@@ -166,8 +166,7 @@ class Attention(nn.Module):
         qkv = self.qkv(hidden_states).unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, N, E)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, N, T, E)
         # Called through the module's attribute: that is where attention methods step in.
-        options = {} if mask is None else {"attn_mask": mask}
-        attended = F.scaled_dot_product_attention(query, key, value, **options)  # (B, N, T, E)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # (B, N, T, E)
         return self.proj(attended.transpose(1, 2).flatten(2))
 
 

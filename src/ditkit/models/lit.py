@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import ModelMixin  # noqa: F401  (a saved pipeline looks for it beside the model's class)
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
@@ -137,6 +138,7 @@ class LiT(DiT):
     def initialize_weights(self) -> None:
         """As a DiT; the depthwise convolutions start as PyTorch's."""
         super().initialize_weights()
+        block: Any
         for block in self.blocks:
             block.attn.dwc.reset_parameters()
 
@@ -172,6 +174,7 @@ def inherit(teacher: DiT, attention: Iterable[str] = (), **config: Any) -> LiT:
     settings["num_heads"] = _HEADS.get(width, 2)
     student = LiT(**{**settings, **config})
     inherited = {name: value for name, value in teacher.state_dict().items() if ".attn." not in name}
+    block: Any
     for index, block in enumerate(teacher.blocks if parts else ()):
         name = f"blocks.{index}.attn"
         for kind in ("weight", "bias"):
@@ -190,7 +193,7 @@ def inherit(teacher: DiT, attention: Iterable[str] = (), **config: Any) -> LiT:
         student.load_state_dict(inherited, strict=False)
     except RuntimeError as error:
         raise ValueError(f"config={config} changes sizes that are inherited: {error}") from error
-    return student.to(teacher.device, teacher.dtype).train(teacher.training)
+    return student.to(device=teacher.device, dtype=teacher.dtype).train(teacher.training)
 
 
 def distillation_losses(
@@ -235,6 +238,7 @@ VARIANTS: dict[str, dict[str, int]] = {
         "LiT: Delving into a Simplified Linear Diffusion Transformer for Image Generation", "2501.12976", 2025
     ),
     seam=("architecture",),
+    variants=tuple(VARIANTS),
 )
 def lit(variant: str | None = None, **config: Any) -> LiT:
     """A fresh LiT of a named variant ("xl/2"; None: the defaults), with changes to its config."""

@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from diffusers import ModelMixin  # noqa: F401  (a saved pipeline looks for it beside the model's class)
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention import FeedForward
 from diffusers.models.embeddings import PixArtAlphaTextProjection
@@ -98,9 +99,9 @@ class PTDiTBlock(RoutableBlock):
         self.attn2 = CrossAttention(width, num_heads, bias) if text else None
         self.ff = FeedForward(width, activation_fn="gelu-approximate")
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
-        nn.init.zeros_(self.linear_1_visual.weight), nn.init.zeros_(self.linear_1_visual.bias)
-        if shift_window:
-            nn.init.zeros_(self.linear_2.weight), nn.init.zeros_(self.linear_2.bias)
+        for closed in (self.linear_1_visual, *((self.linear_2,) if shift_window else ())):
+            nn.init.zeros_(closed.weight)
+            nn.init.zeros_(closed.bias)
 
     def norm(self, hidden_states: Tensor) -> Tensor:
         return F.layer_norm(hidden_states, hidden_states.shape[-1:], eps=self.eps)
@@ -172,7 +173,8 @@ class PTDiT(ClassConditionalModel):
 
     Args:
         in_channels: latent channels C.
-        out_channels: channels of the prediction; twice C in the released text-to-image model.
+        out_channels: channels of the prediction; None: C, or 2 C with `learn_sigma`, as in the released
+            text-to-image model.
         hidden_size: width D, a multiple of 16 and of `num_heads`.
         depth: number of blocks.
         num_heads: attention heads.
@@ -188,6 +190,7 @@ class PTDiT(ClassConditionalModel):
         shift_window: whether blocks have shifted windows (the paper's ablation).
         attention_bias: whether q, k and v have a bias.
         norm_eps: of all layer norms.
+        learn_sigma: whether 2 C channels are predicted, where `out_channels` does not say.
         routing: options of `routing.ChannelRouting`; None: none.
 
     Raises:
@@ -204,7 +207,7 @@ class PTDiT(ClassConditionalModel):
     def __init__(
         self,
         in_channels: int = 4,
-        out_channels: int = 8,
+        out_channels: int | None = None,
         hidden_size: int = 1152,
         depth: int = 28,
         num_heads: int = 16,
@@ -220,6 +223,7 @@ class PTDiT(ClassConditionalModel):
         shift_window: bool = True,
         attention_bias: bool = True,
         norm_eps: float = 1e-6,
+        learn_sigma: bool = True,
         routing: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -235,7 +239,8 @@ class PTDiT(ClassConditionalModel):
             )
         if proxy not in ("comb", "cell"):
             raise ValueError(f"proxy={proxy!r} is neither 'comb' nor 'cell'")
-        self.in_channels, self.out_channels = in_channels, out_channels
+        self.in_channels = in_channels
+        self.out_channels = out_channels or in_channels * (2 if learn_sigma else 1)
         self.latent_size = both_sides(input_size)
         # Where windows are not square, each side has its own multiple; `_check_conditions` knows.
         self.side_multiple = patch_size * (self.window[1] if self.window[1] == self.window[2] else 1)
@@ -256,7 +261,7 @@ class PTDiT(ClassConditionalModel):
         )
         self.channel_routing = None if routing is None else ChannelRouting(hidden_size, **routing)
         self.scale_shift_table = nn.Parameter(torch.randn(2, hidden_size) / hidden_size**0.5)
-        self.proj_out = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.proj_out = nn.Linear(hidden_size, patch_size * patch_size * self.out_channels)
 
     def positions(self, grid: Grid) -> Tensor:
         """Sines and cosines of a grid (f, h, w): D/4 channels of the frame, then 3 D/4 of column and row,
@@ -269,6 +274,18 @@ class PTDiT(ClassConditionalModel):
         time = time[:, None, None].expand(-1, height, width, -1)
         both = torch.cat([time, spatial.expand(frames, -1, -1, -1)], dim=-1)
         return both.unsqueeze(0).to(self.pos_embed.proj.weight.device, self.pos_embed.proj.weight.dtype)
+
+    def example_inputs(self) -> dict[str, Tensor]:
+        """As other models', with 120 text tokens, the paper's number, where there is text."""
+        inputs = super().example_inputs()
+        inputs["hidden_states"] = (
+            inputs["hidden_states"].unsqueeze(2).repeat(1, 1, self.config["num_frames"], 1, 1)
+        )
+        if self.y_embedder is None:
+            del inputs["class_labels"]
+        if self.caption_projection is not None:
+            inputs["encoder_hidden_states"] = torch.zeros(1, 120, self.config["caption_channels"])
+        return inputs
 
     def embed(
         self,
@@ -323,7 +340,7 @@ class PTDiT(ClassConditionalModel):
         self._check_conditions(latent, timestep, class_labels, encoder_hidden_states)
         windows, vector, embedded = self.embed(latent, timestep, class_labels, force_drop_ids)
         text = text_mask = None
-        if encoder_hidden_states is not None:
+        if encoder_hidden_states is not None and self.caption_projection is not None:
             text = self.caption_projection(encoder_hidden_states.flatten(1, -2))  # (B, T, D)
             if encoder_attention_mask is not None:
                 blocked = 1 - encoder_attention_mask.to(text.dtype)
@@ -397,6 +414,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         2024,
     ),
     seam=("architecture",),
+    variants=tuple(VARIANTS),
 )
 def pt_dit(variant: str | None = None, **config: Any) -> PTDiT:
     """A fresh PT-DiT of a named variant ("xl"; None: the defaults), with changes to its config."""
