@@ -114,7 +114,8 @@ def generate(
         targets = numbered(out, len(prompt))
         written = [save_clip(clip, path) for clip, path in zip(drawn.clips, targets, strict=True)]
     elif sheet:
-        written = [pictures.save(pictures.sheet({"": drawn.pictures}, prompt), out)]
+        cell = 112 if drawn.clips is None else 320  # a clip is a strip of frames
+        written = [pictures.save(pictures.sheet({"": drawn.pictures}, prompt, cell), out)]
     else:
         targets = numbered(out, len(prompt))
         images = [pictures.to_image(picture) for picture in drawn.pictures]
