@@ -6,9 +6,25 @@ They draw noise-like pictures, but run every line of code that a trained pipelin
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 WORDS = ("red", "apple", "green", "rocket", "cat", "face", "blue", "sun", "heart", "fish")
 
@@ -86,6 +102,53 @@ def flux(seed: int = 0, double: int = 2, single: int = 2, guidance_embeds: bool 
     )
     pipe.default_sample_size = 8
     pipe.tokenizer_max_length = 8
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def wan(seed: int = 0, layers: int = 2) -> WanPipeline:
+    """WanPipeline: a token for 8 x 8 pixels of two frames, 8 text tokens, width 32."""
+    torch.manual_seed(seed)
+    tokenizer = word_tokenizer()
+    encoder = UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=len(tokenizer), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0
+        )
+    )
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        patch_size=4,
+        in_channels=48,
+        out_channels=48,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+        scale_factor_temporal=2,
+        scale_factor_spatial=8,
+    )
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 1, 1),
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        text_dim=24,
+        freq_dim=16,
+        ffn_dim=64,
+        num_layers=layers,
+        rope_max_seq_len=32,
+    )
+    _wake(transformer)
+    pipe = WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder.eval(),
+        vae=vae.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        transformer=transformer.eval(),
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

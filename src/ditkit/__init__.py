@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from ditkit.analysis.bench import bench
     from ditkit.analysis.tune import tune
     from ditkit.hub import load
+    from ditkit.methods.cg_taylor import CGTaylor
     from ditkit.methods.clear import LocalWindow
+    from ditkit.methods.harmonica import HarmoniCa
+    from ditkit.methods.predict_correct import PredictCorrect
     from ditkit.methods.taylorseer import TaylorSeer
     from ditkit.recipes import Recipe
     from ditkit.seams.apply import Run, apply
@@ -30,10 +33,16 @@ _HOMES = {
     "train": "ditkit.training.trainer",
     "TaylorSeer": "ditkit.methods.taylorseer",
     "LocalWindow": "ditkit.methods.clear",
+    "CGTaylor": "ditkit.methods.cg_taylor",
+    "HarmoniCa": "ditkit.methods.harmonica",
+    "PredictCorrect": "ditkit.methods.predict_correct",
 }
 
 __all__ = [
+    "CGTaylor",
+    "HarmoniCa",
     "LocalWindow",
+    "PredictCorrect",
     "Recipe",
     "Run",
     "TaylorSeer",

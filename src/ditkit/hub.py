@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
+import json
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,18 @@ import torch
 
 BUNDLED = {
     "micro-flux": "text to 64 x 64 pictures of the emoji set, a FluxPipeline of a few million parameters",
+    "micro-wan": "text to clips of 17 frames of 64 x 64, one emoji moving, a WanPipeline of 7 million",
 }
+CALL_FILE = "call.json"
+"""Arguments of a plain call, beside model_index.json: the sizes that a small pipeline was trained with."""
 
 
 def load(name: str | Path, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Any:
     """A diffusers pipeline, ready to call.
 
     Args:
-        name: a bundled pipeline (`"micro-flux"`), a folder that `save_pretrained` wrote, or a hub repository
-            `owner/name`. Only safetensors weights are read and no code of a repository is run.
+        name: a bundled pipeline (`"micro-flux"`, `"micro-wan"`), a folder that `save_pretrained` wrote, or a
+            hub repository `owner/name`. Only safetensors weights are read and no code of a repository is run.
         dtype: of the weights.
         kwargs: passed on to `DiffusionPipeline.from_pretrained`, e.g. `revision`: repositories change.
 
@@ -30,10 +35,7 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32, **kwargs: Any) ->
     from diffusers import DiffusionPipeline
 
     if str(name) in BUNDLED:
-        folder = files("ditkit") / "assets" / str(name)
-        return _with_defaults_of_its_parts(
-            DiffusionPipeline.from_pretrained(str(folder), dtype=dtype, use_safetensors=True, **kwargs)
-        )
+        name = str(files("ditkit") / "assets" / str(name))
     path = Path(name)
     if path.is_dir():
         if not (path / "model_index.json").is_file():
@@ -43,11 +45,32 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32, **kwargs: Any) ->
         hint = f"did you mean {near[0]!r}?" if near else f"bundled are {', '.join(BUNDLED)}"
         raise FileNotFoundError(f"no pipeline {str(name)!r}: no such folder, and {hint}")
     pipe = DiffusionPipeline.from_pretrained(str(name), dtype=dtype, use_safetensors=True, **kwargs)
-    small = getattr(getattr(pipe, "tokenizer_2", None), "model_max_length", 512) < 77
-    return _with_defaults_of_its_parts(pipe) if small else pipe
+    call = path / CALL_FILE
+    if call.is_file():
+        _with_arguments(pipe, json.loads(call.read_text(encoding="utf-8")))
+    tokenizer = getattr(pipe, "tokenizer_2", None) or getattr(pipe, "tokenizer", None)
+    small = getattr(tokenizer, "model_max_length", 512) < 77
+    return _with_defaults_of_its_parts(pipe, tokenizer) if small else pipe
 
 
-def _with_defaults_of_its_parts(pipe: Any) -> Any:
+def _with_arguments(pipe: Any, arguments: dict[str, Any]) -> None:
+    """Let a plain call use these arguments where it says nothing.
+
+    Python looks `__call__` up on the class, so the pipeline gets a subclass of its own class and of the same
+    name; it saves as what it was.
+    """
+    plain = type(pipe)
+    signature = inspect.signature(plain.__call__)
+
+    @functools.wraps(plain.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind_partial(self, *args, **kwargs).arguments
+        return plain.__call__(self, *args, **{k: v for k, v in arguments.items() if k not in given} | kwargs)
+
+    pipe.__class__ = type(plain.__name__, (plain,), {"__call__": call, "__module__": plain.__module__})
+
+
+def _with_defaults_of_its_parts(pipe: Any, tokenizer: Any) -> Any:
     """Let a plain call draw at the size and text length that a small pipeline was trained with.
 
     `FluxPipeline` assumes FLUX.1's: 128 latents a side and 512 text tokens. The size is an attribute of the
@@ -57,7 +80,7 @@ def _with_defaults_of_its_parts(pipe: Any) -> Any:
     if size:
         pipe.default_sample_size = size // pipe.vae_scale_factor
     encode = pipe.encode_prompt
-    longest = pipe.tokenizer_2.model_max_length
+    longest = tokenizer.model_max_length
 
     @functools.wraps(encode)
     def encode_prompt(*args: Any, max_sequence_length: int = longest, **kwargs: Any) -> Any:

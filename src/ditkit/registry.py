@@ -103,6 +103,7 @@ class Entry:
         conflicts: names of systems it can't be combined with beyond those that own the same seam.
         neutral: options under which it must change nothing; the contract tests run the system with them.
         aliases: other names users may write.
+        variants: the named configurations of a model, without its name.
     """
 
     kind: Kind
@@ -115,6 +116,7 @@ class Entry:
     conflicts: tuple[str, ...] = ()
     neutral: dict[str, Any] = dataclasses.field(default_factory=dict)
     aliases: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ()
 
 
 def register(
@@ -128,6 +130,7 @@ def register(
     conflicts: tuple[str, ...] = (),
     neutral: dict[str, Any] | None = None,
     aliases: tuple[str, ...] = (),
+    variants: tuple[str, ...] = (),
 ) -> Callable[[T], T]:
     """Class (or factory) decorator that adds a system to the registry.
 
@@ -154,6 +157,7 @@ def register(
             conflicts=conflicts,
             neutral=dict(neutral or {}),
             aliases=aliases,
+            variants=variants,
         )
         return target
 

@@ -16,6 +16,7 @@ from ditkit.analysis.result import BenchResult, Row
 from ditkit.analysis.sampling import Sampling
 from ditkit.analysis.selection import Outcome
 from ditkit.analysis.tune import Objective, Trial, TuneError, split, thinned, tune
+from ditkit.data.emoji_motion import read_caption
 from ditkit.recipes import Recipe
 
 PROMPTS = ["red apple", "green rocket", "cat face", "blue sun", "heart fish", "red cat", "blue apple", "sun"]
@@ -198,6 +199,8 @@ def test_prompts_are_split() -> None:
     search, heldout = split([str(i) for i in range(9)])
     assert (search, heldout) == (["0", "2", "4", "6", "8"], ["1", "3", "5", "7"])
     assert split(["a", "b"]) == (["a", "b"], ["a", "b"])
+    for one in split(None, clips=True):
+        assert all(read_caption(text) for text in one) and len(one) == 4
     search, heldout = split(None)
     assert len(search) == len(heldout) == 8
     assert not set(search) & set(heldout)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
@@ -15,6 +16,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved tiny pipeline."""
     path = tmp_path_factory.mktemp("tiny-flux")
     tiny_pipelines.flux().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def clips_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny pipeline that draws clips, 17 frames of 64 pixels in a plain call."""
+    path = tmp_path_factory.mktemp("tiny-wan")
+    tiny_pipelines.wan().save_pretrained(path)
+    call = {"height": 64, "width": 64, "num_frames": 17, "guidance_scale": 2.0}
+    (path / "call.json").write_text(json.dumps(call))
     return path
 
 

@@ -25,8 +25,9 @@ METHODS: dict[str, Callable[..., Any]] = {
     "grat-cross": lambda **o: GRAT(group="1x2x2", cross="lines", **o),
     "grat-block": lambda **o: GRAT(pattern="block", group="1x2x1", radius=0, **o),
     "draft": lambda **o: DraftAttention(sparsity=0.6, pool="2x2", **ALWAYS, **o),
-    "draft-authors": lambda **o: DraftAttention(
-        sparsity=0.9, pool="2x2", empty_rows="authors", pooling="max", **ALWAYS, **o
+    "draft-empty-rows": lambda **o: DraftAttention(sparsity=0.95, pool="2x2", **ALWAYS, **o),
+    "draft-max": lambda **o: DraftAttention(
+        sparsity=0.9, pool="2x2", empty_rows="best", pooling="max", **ALWAYS, **o
     ),
     "re-ttention": lambda **o: ReTtention(keep=0.1, block=2, warmup=0, **o),
     "re-ttention-exact": lambda **o: ReTtention(keep=0.2, band="exact", block=4, warmup=0, clamp=True, **o),

@@ -28,8 +28,13 @@ METHODS = entries("method")
 # Settings at which a method works on 16 tokens and 10 steps; its defaults where nothing is given.
 ACTIVE: dict[str, dict[str, Any]] = {
     "taylorseer": {"interval": 3, "order": 2},
+    "predict-correct": {"interval": 3},
     "local-window": {"radius": 1},
     "ras": {"start": 2, "error_reset_steps": (5,)},
+    "sla": {"topk": 0.25, "block_q": 4, "block_kv": 2},
+    "sparse-vdit": {"uniform": "diagonal", "block": 2, "diag_width": 1},
+    # A learned table is for one model; its own tests have some.
+    "harmonica": {"uniform": 2},
     # By the mean over a batch samples do depend on each other; its own tests show that.
     "cg-taylor": {"threshold": 0.1, "warmup": 2, "per_sample": True, "passes": "each"},
     "grat": {"group": (1, 2, 1)},

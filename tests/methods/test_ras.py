@@ -16,7 +16,6 @@ from ditkit.registry import OptionError, parse_method
 from ditkit.seams.anatomy import describe
 from ditkit.seams.errors import ConflictError
 from ditkit.seams.patches import Patches
-from ditkit.seams.stats import flop_counter
 from loops import Pipe, denoise
 from tiny_models import TINY, Tiny
 
@@ -176,40 +175,32 @@ def looped(pipe: Pipe, arguments: dict[str, Any], steps: int = 6) -> Tensor:
 # What it costs and gives.
 
 
-@pytest.mark.parametrize("tiny", [FLUX, SD3, WAN, OWN], ids=lambda tiny: tiny.name)
-def test_block_flops_scale_with_the_tokens_that_run(tiny: Tiny) -> None:
-    """Blocks that work on K of N tokens and on T of text cost (K + T) / (N + T) of dense ones, apart from
-    what does not depend on the tokens: modulation, and the text's keys in cross-attention."""
-    model, text = tiny.model(), 5 if describe(tiny.model()).text in ("prefix", "suffix") else 0
-    costs: list[int] = []
-    fixed: list[int] = []
+@pytest.mark.parametrize("tiny", [FLUX, WAN, OWN], ids=lambda tiny: tiny.name)
+def test_token_wise_flops_scale_with_the_tokens_that_run(tiny: Tiny) -> None:
+    """Every linear layer over tokens, and what a forward costs in all: a part for each token that runs, so
+    attention too, which asks all keys."""
+    model = tiny.model()
+    text = 5 if describe(model).text == "prefix" else 0
+    linear: list[int] = []
 
-    def counted(module: Any, args: Any, kwargs: Any) -> None:
-        counter = flop_counter()
-        counter.__enter__()
-        stack.append(counter)
+    def count(module: Any, args: Any, out: Tensor) -> None:
+        if args[0].ndim == 3 and args[0].shape[1] > 1:  # modulation is (B, C) or (B, 1, C)
+            linear[-1] += 2 * out.numel() * module.in_features
 
-    stack: list[Any] = []
     for _, _, block in describe(model).blocks(model):
-        block.register_forward_pre_hook(counted, with_kwargs=True)
-        block.register_forward_hook(
-            lambda *_: (stack[-1].__exit__(None, None, None), costs.append(stack.pop().get_total_flops()))
-        )
-        modulation = [
-            part
-            for name, part in block.named_modules()
-            if name.endswith(("norm1.linear", "norm1_context.linear"))
-        ] + [getattr(block, "adaLN_modulation", None)]
-        fixed += [2 * p.numel() for m in modulation if m is not None for p in m.parameters() if p.ndim == 2]
-        single = getattr(getattr(block, "norm", None), "linear", None)
-        fixed += [] if single is None else [2 * single.weight.numel()]
-        cross = getattr(block, "attn2", None) if describe(model).text == "cross" else None
-        fixed += [] if cross is None else [2 * 5 * part.weight.numel() for part in (cross.to_k, cross.to_v)]
-    with ditkit.apply(model, RAS(start=1, error_reset_steps=()), count_flops=False):
-        denoise(model, tiny, 2)
-    depth = len(costs) // 2
-    dense, some = sum(costs[:depth]) - sum(fixed), sum(costs[depth:]) - sum(fixed)
-    assert some / dense == pytest.approx((8 + text) / (16 + text), rel=1e-6)
+        for name, module in block.named_modules():
+            if isinstance(module, torch.nn.Linear) and name not in ("attn2.to_k", "attn2.to_v"):
+                module.register_forward_hook(count)
+    whole: list[int] = []
+    for ratio in (0.5, 0.25):
+        with ditkit.apply(model, RAS(sample_ratio=ratio, start=1, error_reset_steps=())) as run:
+            denoise(model, tiny, 2, before=lambda index: linear.append(0))
+        dense, some = linear[-2:]
+        tokens = int(16 * ratio)
+        assert some * (16 + text) == dense * (tokens + text)
+        whole += [found.flops for found in run.hosts[0].stats.kinds.values()]
+    assert whole[0] == whole[2]
+    assert whole[0] - whole[1] == 2 * (whole[1] - whole[3])
 
 
 def test_what_is_kept_goes_when_no_step_needs_it() -> None:

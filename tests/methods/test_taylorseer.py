@@ -34,6 +34,46 @@ def test_published_schedules() -> None:
     assert TaylorSeer(interval=5, schedule="diffusers").full_steps(50) == [0, 1, 2, *range(4, 50, 5)]
 
 
+@pytest.mark.parametrize(
+    ("schedule", "computed"),
+    [
+        ("dit", {3: 18, 4: 14, 5: 11, 6: 10}),
+        ("flux", {6: 10}),
+        ("hunyuan", {5: 10}),
+        ("wan", {5: 10}),
+        ("diffusers", {5: 13}),
+    ],
+)
+def test_published_counts(schedule: Any, computed: dict[int, int]) -> None:
+    """Full steps of 50, without a model."""
+    for interval, full in computed.items():
+        assert TaylorSeer(interval=interval, schedule=schedule).computed_steps(50) == full
+
+
+def test_named_passes_have_caches_of_their_own() -> None:
+    """As Wan's pipeline calls its transformer: each pass in a cache context."""
+    wan = TINY["WanTransformer3DModel"]
+    model, sizes, outputs = wan.model(), [], []
+    rows = [wan.inputs(seed=seed) for seed in (0, 1)]
+    for contexts in (("cond", "uncond"), ("cond",), ("uncond",)):
+        found = []
+        with torch.no_grad(), ditkit.apply(model, TaylorSeer(interval=3, schedule="wan")) as run:
+            for index in range(8):
+                for context, row in zip(("cond", "uncond"), rows, strict=True):
+                    if context in contexts:
+                        with model.cache_context(context):
+                            time = torch.full((1,), 1000.0 - 100 * index)
+                            found.append((context, output(model(**{**row, "timestep": time}))))
+        sizes.append(run.report().bytes_cached)
+        outputs.append({name: [out for context, out in found if context == name] for name in contexts})
+        assert set(run.report().branches) == set(contexts)
+    assert sizes[0] == sizes[1] + sizes[2]
+    for alone in outputs[1:]:
+        for name, values in alone.items():
+            for one, other in zip(values, outputs[0][name], strict=True):
+                assert torch.equal(one, other)
+
+
 def test_schedule_is_that_of_diffusers_own_hook() -> None:
     for interval, warmup in ((2, 3), (5, 3), (4, 1)):
         model = FLUX.model()

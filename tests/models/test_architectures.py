@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from architectures import CASES, Case, Published, inputs
 from ditkit import models
 from ditkit.models.convert import convert
+from ditkit.pipelines.class_conditional import ClassConditionalPipeline
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
@@ -52,7 +54,8 @@ def test_shapes(case: Case) -> None:
 def test_every_parameter_gets_a_gradient(case: Case) -> None:
     model = case.model().train()
     latent, times, _ = inputs(model, 6)
-    model(latent, times, torch.arange(6) % 6).sample.square().mean().backward()
+    output = model(latent, times, torch.arange(6) % 6)
+    sum(part.square().mean() for part in output.get("stages", [output.sample])).backward()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert set(dict(model.named_parameters())) - set(trained) == set(case.fixed)
     assert not [name for name, p in trained.items() if p.grad is None or p.grad.abs().max() == 0]
@@ -112,6 +115,26 @@ def test_saved_and_loaded(case: Case, tmp_path: Path) -> None:
     latent, times, labels = batch
     output = half(latent.bfloat16(), times, labels).sample
     assert output.dtype == torch.bfloat16 and output.isfinite().all()
+
+
+@every_case
+@torch.no_grad()
+def test_draws_through_the_pipeline(case: Case, tmp_path: Path) -> None:
+    model = case.model()
+    pipe = ClassConditionalPipeline(model, DDIMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    options = {
+        "class_labels": [1, 2],
+        "guidance_scale": 2.0,
+        "num_inference_steps": 2,
+        "output_type": "latent",
+    }
+    drawn = pipe(**options, generator=torch.Generator().manual_seed(0)).images
+    assert drawn.shape == (2, 4, *model.latent_size) and drawn.isfinite().all()
+    pipe.save_pretrained(tmp_path)
+    again = ClassConditionalPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(again(**options, generator=torch.Generator().manual_seed(0)).images, drawn)
 
 
 @every_case

@@ -21,9 +21,11 @@ def network(case: dict[str, Any], tensors: Tensors) -> Tensors:
     inputs, wanted = part(tensors, "inputs"), part(tensors, "outputs.mid")
     with record(model, wanted) as middle:
         out = model(inputs["x"], inputs["t"], inputs["y"]).sample
-    scale = float(inputs.get("cfg_scale", case.get("cfg_scale", 1.0)))
-    guided = model.forward_with_cfg(inputs["x"], inputs["t"], inputs["y"], scale)
-    return {"out": out, "cfg": guided, **{f"mid.{name}": value for name, value in middle.items()}}
+    computed = {"out": out, **{f"mid.{name}": value for name, value in middle.items()}}
+    if "cfg_scale" in inputs:
+        scale = inputs["cfg_scale"].item()
+        computed["cfg"] = model.forward_with_cfg(inputs["x"], inputs["t"], inputs["y"], scale)
+    return computed
 
 
 def outputs(case: dict[str, Any], tensors: Tensors) -> Tensors:

@@ -27,20 +27,26 @@ def network(case: dict[str, Any], tensors: Tensors) -> Any:
         "num_timesteps": options.pop("taskcount", 1000),
         "alpha": case.get("alpha", 4),
     }
+    if options.get("num_classes") == 1:  # unconditional: no label to drop
+        options.setdefault("class_dropout_prob", 0.0)
     model = models.create("dtr", routing=routing, **options)
+    if case.get("init_method", SYSTEM.upper()) != SYSTEM.upper():  # masks drawn at random are given
+        model.channel_routing.masks = tensors["outputs.unit_mapping"].float()
+        model.channel_routing.neutral = False
     return load(SYSTEM, model, part(tensors, "weights"))
 
 
 def network_outputs(case: dict[str, Any], tensors: Tensors) -> Tensors:
     model, inputs = network(case, tensors), part(tensors, "inputs")
-    x, t, y = inputs["x"], inputs["t"], inputs["y"]
+    x, t = inputs["x"], inputs["t"]
+    y = inputs.get("y", torch.zeros(len(x), dtype=torch.long))
     blocks = {f"blocks.{index}": f"block.{index}" for index in range(len(model.blocks))}
     with record(model, blocks) as seen:
         computed = {"sample": model(x, t, y).sample}
         computed |= {blocks[name]: value for name, value in seen.items()}
     mask = model.channel_routing(t)
     computed["active_mask"] = torch.ones(len(x), 1, model.config["hidden_size"]) if mask is None else mask
-    computed["unit_mapping"] = channel_masks(*model.channel_routing.arguments)
+    computed["unit_mapping"] = model.channel_routing.masks
     for name in part(tensors, "outputs"):
         if match := re.fullmatch(r"cfg_(\d+)p(\d+)", name):
             half, null = len(x) // 2, model.y_embedder.null_label if model.y_embedder.dropout else 0

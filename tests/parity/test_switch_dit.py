@@ -17,14 +17,18 @@ Tensors = dict[str, Tensor]
 
 
 def network_outputs(case: dict[str, Any], tensors: Tensors) -> Tensors:
+    options = dict(case["args"])
+    if options.get("num_classes") == 1:  # unconditional: no label to drop
+        options.setdefault("class_dropout_prob", 0.0)
     model = SwitchDiT(
-        **case["args"],
+        **options,
         num_experts=case["num_experts"],
         active_experts=case["k"],
         num_timesteps=case["taskcount"],
     )
     load(SYSTEM, model, part(tensors, "weights"))
     inputs = part(tensors, "inputs")
+    inputs.setdefault("y", torch.zeros(len(inputs["x"]), dtype=torch.long))
     names = {f"blocks.{i}": f"block.{i}" for i in range(len(model.blocks))}
     names |= {f"blocks.{i}.router": f"mask.{i}" for i in range(len(model.blocks))}
     with record(model, names) as seen:

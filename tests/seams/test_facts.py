@@ -132,6 +132,9 @@ def test_frames_with_timesteps_of_their_own() -> None:
     inputs["timestep"] = torch.tensor([[0.8, 0.5], [0.3, 0.2]]).reshape(2, 1, 2, 1, 1)
     check_caches(tiny.model(), inputs)
     check_permutation(tiny.model(), inputs, 16)
+    tiny = ZOO["SanaVideoTransformer3DModel"]
+    inputs = {**tiny.inputs(batch=2), "timestep": torch.linspace(0, 900, 32).reshape(2, 16)}
+    check_caches(tiny.model(), inputs)
 
 
 def test_a_control_branch_that_ends_with_the_last_block() -> None:

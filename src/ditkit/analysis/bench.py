@@ -28,7 +28,7 @@ from ditkit.analysis.contestants import Contestant
 from ditkit.analysis.explain import Expectation
 from ditkit.analysis.meter import Count, count
 from ditkit.analysis.result import BenchResult, Row
-from ditkit.analysis.sampling import Sample, Sampling, sample
+from ditkit.analysis.sampling import Sample, Sampling, draws_clips, sample
 from ditkit.recipes import Recipe
 
 PROMPTS = (
@@ -42,6 +42,13 @@ PROMPTS = (
     "snowman",
 )
 """Captions that micro-flux knows; for other models they are as good as any."""
+CLIP_PROMPTS = (
+    "red apple moving left",
+    "police car moving up right",
+    "cat face staying still",
+    "rocket moving up, camera zooms in",
+)
+"""Captions that micro-wan knows, for models that draw clips."""
 
 Judge = Callable[[np.ndarray, Sequence[str]], float]
 """`judge(pictures, prompts)`: the share of pictures (B, H, W, 3) that show what their prompt names; nan when
@@ -74,7 +81,7 @@ def _settled_heap() -> Iterator[None]:
 def bench(
     model: Any,
     methods: Sequence[Any] = (),
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[str] | None = None,
     *,
     sampling: Sampling | None = None,
     repeats: int = 3,
@@ -92,7 +99,7 @@ def bench(
         model: a diffusers text-to-image pipeline with a transformer, or what `ditkit.load` takes.
         methods: each a method, text such as `"taylorseer:interval=4"`, a sequence to apply together, a
             recipe, or a `Contestant` of one's own.
-        prompts: one picture each.
+        prompts: one picture or clip each; None for `PROMPTS`, or `CLIP_PROMPTS` for a model of clips.
         sampling: steps, guidance, size and seed; the same noise for every contestant.
         repeats: timed rounds, after one round of counting that also warms up.
         batch: at most so many pictures in one call of the pipeline.
@@ -107,17 +114,17 @@ def bench(
     """
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: at least 1 is needed")
-    if not prompts:
+    if prompts is not None and not prompts:
         raise ValueError("prompts is empty; at least one is needed")
     entered = [who.enter(method) for method in methods]
     pipe = pipeline_of(model)
+    prompts = prompts_for(pipe) if prompts is None else list(prompts)
     sampling = sampling or Sampling()
     if peers:
         intervals = [n for method in methods for n in _intervals(method)]
         entered += others.at_intervals(pipe, intervals, sampling)
     everyone = [_entrant(contestant, sampling) for contestant in [who.dense(), *entered]]
     _expect(everyone, expected)
-    prompts = list(prompts)
 
     def note(label: str, done: int) -> None:
         if progress is not None:
@@ -148,7 +155,15 @@ def bench(
         settings=_settings(name or _name(model), pipe, sampling, repeats, batch),
         machine=machine(pipe),
         pictures={e.row.label: e.samples[0].pictures for e in everyone if e.samples},
+        clips={
+            e.row.label: e.samples[0].clips for e in everyone if e.samples and e.samples[0].clips is not None
+        },
     )
+
+
+def prompts_for(pipe: Any) -> list[str]:
+    """What is drawn when nobody says what."""
+    return list(CLIP_PROMPTS if draws_clips(pipe) else PROMPTS)
 
 
 def _expect(everyone: Sequence[_Entrant], expected: Sequence[Expectation]) -> None:

@@ -11,12 +11,16 @@ from ditkit.analysis import pictures
 from ditkit.analysis.bench import PROMPTS, Judge, Progress, bench
 from ditkit.analysis.result import BenchResult
 from ditkit.analysis.sampling import Sampling
+from ditkit.analysis.videos import save_clip
 
 METHODS = (
     "taylorseer:interval=3,order=2,granularity=last-block,expansion=newton",
     "taylorseer:interval=3,order=2,granularity=module,expansion=newton",
     "local-window:radius=4",
 )
+CLIP_METHODS = ("taylorseer:interval=3,order=1,granularity=last-block,expansion=newton",)
+CLIP_PROMPTS = ("red apple moving left", "rocket moving up right, camera zooms in")
+CLIP_SAMPLING = Sampling(steps=20)
 
 
 def demo(
@@ -28,11 +32,12 @@ def demo(
     judge: Judge | None = None,
     name: str | None = None,
     progress: Progress | None = None,
+    clips: Any = None,
 ) -> BenchResult:
     """Draw `prompts` densely and with each of `METHODS`; write what was drawn and measured into `out`.
 
     Writes `report.html` (self-contained), `demo.png` (everything side by side), `pictures/*.png`,
-    `demo.json` and `demo.csv`.
+    `demo.json` and `demo.csv`; for clips, `clips/*.gif` and `clips.json`.
 
     Args:
         out: folder, made when it is not there.
@@ -41,6 +46,8 @@ def demo(
         repeats: timed rounds.
         judge: gives the prompt accuracy; see `ditkit.analysis.bench`.
         name: what the report calls the model.
+        clips: a text-to-video pipeline, or what `ditkit.load` takes; it draws `CLIP_PROMPTS` densely and with
+            each of `CLIP_METHODS`, for a row of the report. None: no such row.
     """
     result = bench(
         model,
@@ -61,7 +68,26 @@ def demo(
             pictures.save(pictures.to_image(picture), out / "pictures" / name)
     result.to_json(out / "demo.json")
     result.to_csv(out / "demo.csv")
-    result.to_html(out / "report.html", "ditkit: dense and accelerated, side by side")
+    others = [] if clips is None else [_clips(out, clips, progress)]
+    result.to_html(out / "report.html", "ditkit: dense and accelerated, side by side", others)
+    return result
+
+
+def _clips(out: Path, model: Any, progress: Progress | None) -> BenchResult:
+    result = bench(
+        model,
+        CLIP_METHODS,
+        CLIP_PROMPTS,
+        sampling=CLIP_SAMPLING,
+        repeats=1,
+        peers=False,
+        plain=False,
+        progress=progress,
+    )
+    for label, drawn in result.clips.items():
+        for prompt, clip in zip(result.prompts, drawn, strict=True):
+            save_clip(clip, out / "clips" / f"{_file_name(prompt)} - {_file_name(label)}.gif")
+    result.to_json(out / "clips.json")
     return result
 
 

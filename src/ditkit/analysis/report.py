@@ -17,6 +17,7 @@ from markupsafe import Markup
 from ditkit.analysis.pictures import to_image
 from ditkit.analysis.plots import Point, scatter
 from ditkit.analysis.result import BenchResult, Row, label
+from ditkit.analysis.videos import gif
 
 if TYPE_CHECKING:
     from ditkit.analysis.tune import TuneResult
@@ -40,7 +41,14 @@ class Section:
     explain: str = ""
 
 
-def render(result: BenchResult, title: str, told: str | None = None, sections: Sequence[Section] = ()) -> str:
+def render(
+    result: BenchResult,
+    title: str,
+    *,
+    told: str | None = None,
+    sections: Sequence[Section] = (),
+    others: Sequence[BenchResult] = (),
+) -> str:
     """The report's HTML. Prompts, labels and notes are escaped: they are text from outside.
 
     Args:
@@ -48,27 +56,17 @@ def render(result: BenchResult, title: str, told: str | None = None, sections: S
         title: heading and name of the page.
         told: the sentence under it; None for `headline(result)`.
         sections: parts to show before the settings.
+        others: comparisons of other models, of which the pictures and the headline are shown.
     """
     columns = result.columns()
     numbered = list(enumerate(result.rows, start=1))
     return _template().render(
         title=title,
-        prompts=result.prompts,
+        shown=[_shown(result, told), *map(_shown, others)],
         kinds={kind: text for kind, text in _KINDS.items() if any(row.kind == kind for row in result.rows)},
-        headline=headline(result) if told is None else told,
         sections=sections,
         columns=[name for name, _ in columns],
         rows=[{"number": i, "row": row, "cells": [show(row) for _, show in columns]} for i, row in numbered],
-        galleries=[
-            {
-                "number": i,
-                "row": row,
-                "label": label(row),
-                "pictures": map(embedded, result.pictures[row.label]),
-            }
-            for i, row in numbered
-            if row.label in result.pictures
-        ],
         plots=[Markup(plot) for plot in _plots(numbered) if plot],
         facts={**result.settings, **result.machine},
     )
@@ -104,7 +102,23 @@ def render_tune(result: TuneResult) -> str:
         Section("Failed", lines=result.failures),
     ]
     shown = [section for section in sections if section.plot or section.lines or section.text]
-    return render(result.held, "ditkit tune", result.headline(), shown)
+    return render(result.held, "ditkit tune", told=result.headline(), sections=shown)
+
+
+def _shown(result: BenchResult, told: str | None = None) -> dict[str, Any]:
+    """What the page says and shows of one comparison: a row of pictures or clips for each way to draw."""
+    moving = bool(result.clips)
+    drawn, embed = (result.clips, embedded_clip) if moving else (result.pictures, embedded)
+    return {
+        "moving": moving,
+        "headline": headline(result) if told is None else told,
+        "prompts": result.prompts,
+        "galleries": [
+            {"number": i, "row": row, "label": label(row), "pictures": map(embed, drawn[row.label])}
+            for i, row in enumerate(result.rows, start=1)
+            if row.label in drawn
+        ],
+    }
 
 
 def headline(result: BenchResult) -> str:
@@ -144,6 +158,11 @@ def embedded(picture: np.ndarray) -> str:
     stream = io.BytesIO()
     to_image(picture).save(stream, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+
+
+def embedded_clip(clip: np.ndarray) -> str:
+    """A clip (F, H, W, 3) in [0, 1] as a `data:` address of a GIF."""
+    return "data:image/gif;base64," + base64.b64encode(gif(clip)).decode("ascii")
 
 
 def _plots(numbered: list[tuple[int, Row]]) -> list[str]:

@@ -70,6 +70,7 @@ class BenchResult:
 
     Args:
         pictures: by label, (B, H, W, 3) in [0, 1]; not part of JSON and CSV.
+        clips: by label, (B, F, H, W, 3) in [0, 1], of a model that draws clips; not part of them either.
     """
 
     rows: list[Row]
@@ -77,6 +78,7 @@ class BenchResult:
     settings: dict[str, Any]
     machine: dict[str, Any]
     pictures: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    clips: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the pictures, in types that JSON has; infinite PSNR (equal pictures) is null."""
@@ -103,10 +105,13 @@ class BenchResult:
             writer.writerow(row)
         return write_text(path, text.getvalue())
 
-    def to_html(self, path: str | os.PathLike[str], title: str = "ditkit bench") -> Path:
+    def to_html(
+        self, path: str | os.PathLike[str], title: str = "ditkit bench", others: Sequence[BenchResult] = ()
+    ) -> Path:
+        """One page; of `others`, results for other models, it shows the pictures and the headline."""
         from ditkit.analysis.report import render
 
-        return write_text(path, render(self, title))
+        return write_text(path, render(self, title, others=others))
 
     def columns(self, rank: int = 3) -> list[tuple[str, Callable[[Row], str]]]:
         """Title and text of the columns up to that rank that hold something."""

@@ -1,6 +1,6 @@
-"""One text-to-picture generation, with what the comparisons need of it.
+"""One generation of pictures or clips from text, with what the comparisons need of it.
 
-Legend: B pictures, C latent channels, L latent positions, H height, W width.
+Legend: B pictures or clips, C latent channels, L latent positions, F frames, H height, W width.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+STRIP = 5
+"""Frames of a clip that stand for it where a picture is needed."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -24,18 +27,22 @@ class Sampling:
         guidance: guidance scale; None for the pipeline's own default.
         size: height and width in pixels; None for the pipeline's own default.
         seed: picture i of a call starts from the noise of `seed + i`, so that it can be drawn again alone.
+        frames: of a clip; None for the pipeline's own default.
     """
 
     steps: int = 28
     guidance: float | None = None
     size: tuple[int, int] | None = None
     seed: int = 0
+    frames: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}: at least 1 is needed")
         if self.size is not None and min(self.size) < 1:
             raise ValueError(f"size={self.size}: height and width must be positive")
+        if self.frames is not None and self.frames < 1:
+            raise ValueError(f"frames={self.frames}: at least 1 is needed")
 
 
 @dataclass
@@ -43,15 +50,17 @@ class Sample:
     """What one generation gave.
 
     Args:
-        latents: the final latents as the loop leaves them, (B, L, C) or (B, C, H, W), on the CPU; None when
-            the pipeline has no step callback.
-        pictures: (B, H, W, 3) in [0, 1].
+        latents: the final latents as the loop leaves them, (B, L, C), (B, C, H, W) or (B, C, F, H, W), on the
+            CPU; None when the pipeline has no step callback.
+        pictures: (B, H, W, 3) in [0, 1]; of a clip, `STRIP` of its frames side by side.
         seconds: wall time of the pipeline call.
+        clips: (B, F, H, W, 3) in [0, 1]; None when the pipeline draws pictures.
     """
 
     latents: torch.Tensor | None
     pictures: np.ndarray
     seconds: float
+    clips: np.ndarray | None = None
 
 
 def sample(
@@ -61,10 +70,10 @@ def sample(
     on_step: Callable[[int], None] | None = None,
     batch: int = 8,
 ) -> Sample:
-    """Draw one picture per prompt.
+    """Draw one picture or clip per prompt.
 
     Args:
-        pipe: a diffusers text-to-image pipeline.
+        pipe: a diffusers text-to-image or text-to-video pipeline.
         prompts: B texts.
         on_step: called after each denoising step of each pipeline call with its index.
         batch: at most so many pictures in one pipeline call.
@@ -82,10 +91,12 @@ def sample(
         for first in range(0, len(prompts), batch)
     ]
     latents = [part.latents for part in parts if part.latents is not None]
+    clips = [part.clips for part in parts if part.clips is not None]
     return Sample(
         latents=torch.cat(latents) if latents else None,
         pictures=np.concatenate([part.pictures for part in parts]),
         seconds=sum(part.seconds for part in parts),
+        clips=np.concatenate(clips) if clips else None,
     )
 
 
@@ -115,7 +126,21 @@ def _one_call(
     _synchronize(pipe)
     seconds = time.perf_counter() - started
     latents = last["latents"].detach().float().cpu() if last else None
-    return Sample(latents=latents, pictures=np.asarray(output.images, dtype=np.float32), seconds=seconds)
+    if "frames" in output:
+        clips = np.asarray(output.frames, dtype=np.float32)
+        return Sample(latents, strip(clips), seconds, clips)
+    return Sample(latents, np.asarray(output.images, dtype=np.float32), seconds)
+
+
+def strip(clips: np.ndarray, count: int = STRIP) -> np.ndarray:
+    """Clips (B, F, H, W, 3) as one picture each: `count` frames side by side, (B, H, count W, 3)."""
+    chosen = np.linspace(0, clips.shape[1] - 1, count).round().astype(int)
+    return np.concatenate([clips[:, i] for i in chosen], axis=2)
+
+
+def draws_clips(pipe: Any) -> bool:
+    """Whether a pipeline's pictures move."""
+    return "num_frames" in inspect.signature(pipe.__call__).parameters
 
 
 def call_arguments(pipe: Any, sampling: Sampling, count: int) -> dict[str, Any]:
@@ -142,6 +167,10 @@ def call_arguments(pipe: Any, sampling: Sampling, count: int) -> dict[str, Any]:
         arguments["max_sequence_length"] = longest  # a micro-model was never shown longer padding
     if sampling.size is not None:
         arguments["height"], arguments["width"] = sampling.size
+    if sampling.frames is not None:
+        if "num_frames" not in known:
+            raise TypeError(f"{type(pipe).__name__} draws pictures; frames are of a text-to-video pipeline")
+        arguments["num_frames"] = sampling.frames
     return arguments
 
 

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from ditkit.analysis import contestants as who
-from ditkit.analysis.bench import PROMPTS, Judge, Progress, bench, pipeline_of
+from ditkit.analysis.bench import CLIP_PROMPTS, PROMPTS, Judge, Progress, bench, pipeline_of
 from ditkit.analysis.explain import PipelineCost, expect, measure
 from ditkit.analysis.metrics import relative_l2_each
 from ditkit.analysis.result import BenchResult
-from ditkit.analysis.sampling import Sample, Sampling, sample
+from ditkit.analysis.sampling import Sample, Sampling, draws_clips, sample
 from ditkit.analysis.selection import Outcome, choose, pareto, shortlist
 from ditkit.analysis.space import Space, space_for
 from ditkit.files import write_text
@@ -41,6 +41,13 @@ HELDOUT = (
     "ghost",
 )
 """Captions that micro-flux knows, for validation beside `PROMPTS` of the bench."""
+HELDOUT_CLIPS = (
+    "banana moving right",
+    "frog face moving down left",
+    "tractor staying still, camera zooms out",
+    "blue heart moving up",
+)
+"""The same for micro-wan."""
 STUDY = "study.jsonl"
 _ROUNDS = 3
 """Interleaved rounds that a trial gets whose first one puts it on the front."""
@@ -173,7 +180,7 @@ def tune(
     if trials < 1:
         raise ValueError(f"trials={trials}: at least 1 is needed")
     pipe, sampling, out = pipeline_of(model), sampling or Sampling(), Path(out)
-    search, heldout = split(prompts)
+    search, heldout = split(prompts, draws_clips(pipe))
     name = name or (str(model) if isinstance(model, (str, Path)) else type(model).__name__)
     facts = {
         "model": name,
@@ -202,10 +209,10 @@ def tune(
     return result
 
 
-def split(prompts: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    """Prompts of the search, and those held out from it."""
+def split(prompts: Sequence[str] | None, clips: bool = False) -> tuple[list[str], list[str]]:
+    """Prompts of the search, and those held out from it; `clips`: where none are given, captions of clips."""
     if prompts is None:
-        return list(PROMPTS), list(HELDOUT)
+        return (list(CLIP_PROMPTS), list(HELDOUT_CLIPS)) if clips else (list(PROMPTS), list(HELDOUT))
     if not prompts:
         raise ValueError("prompts is empty; at least one is needed")
     if len(prompts) < 8:

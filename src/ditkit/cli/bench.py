@@ -84,7 +84,7 @@ def bench(
     pipe = load(model)
     for opened in recipes:
         opened.check(pipe)
-    texts = texts or list(library.PROMPTS)
+    texts = texts or library.prompts_for(pipe)
     sampling = Sampling(steps or STEPS, guidance, pixels, seed)
     expected = show_expected(pipe, methods, texts[:batch], sampling) if explain else ()
     with bench_bar() as progress:
@@ -123,14 +123,15 @@ def read_prompts(path: Path | None) -> list[str]:
 
 
 def judge_of(model: str) -> Any:
-    """Who tells whether pictures show what their prompts name: the emoji set, for pipelines that draw it."""
+    """Who tells whether pictures show what their prompts name: the emoji, for pipelines that draw them."""
     from ditkit.hub import BUNDLED
 
     if model not in BUNDLED:
         return None
     from ditkit.analysis.evaluate import Judge
+    from ditkit.analysis.motion_judge import MotionJudge
 
-    return Judge()
+    return MotionJudge() if model == "micro-wan" else Judge()
 
 
 @contextlib.contextmanager

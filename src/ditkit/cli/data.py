@@ -13,6 +13,7 @@ from ditkit.cli.common import console, guarded, listed, writable_file
 def add_to(app: typer.Typer) -> None:
     data = typer.Typer(help="Look at the data sets that ship with ditkit.", no_args_is_help=True)
     data.command(epilog="Example: ditkit data emoji --preview sheet.png")(guarded(emoji))
+    data.command(epilog="Example: ditkit data motion --preview clips.gif")(guarded(motion))
 
     @data.callback(epilog="Example: ditkit data emoji")
     def _group() -> None:
@@ -46,3 +47,29 @@ def emoji(
         preview.parent.mkdir(parents=True, exist_ok=True)
         library.preview(preview, count, seed)
         listed([preview])
+
+
+def motion(
+    preview: Annotated[
+        Path | None,
+        typer.Option("--preview", help="Write the clips, side by side, to this .gif or .mp4 file."),
+    ] = None,
+    count: Annotated[int, typer.Option("--count", min=1, help="Clips, and captions listed.")] = 12,
+    objects: Annotated[int, typer.Option("--objects", min=1, max=5, help="At most so many in a clip.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Which clips.")] = 0,
+) -> None:
+    """Clips of moving emoji with captions, the training data of micro-wan: captions, and a preview."""
+    from ditkit.cli.generate import CLIPS
+
+    if preview is not None:
+        writable_file(preview, CLIPS, "--preview")
+    from ditkit.analysis.videos import save_clip, wall
+    from ditkit.data.config import MotionConfig
+    from ditkit.data.emoji_motion import EmojiMotion, videos
+
+    source = EmojiMotion(MotionConfig(count=(1, objects), background="soft"), seed=seed)
+    for index in range(count):
+        console.print(f"{index:4d}  {source.scene(index)[2]}", highlight=False, soft_wrap=True)
+    if preview is not None:
+        frames = videos([source.clip(index) for index in range(count)]).permute(0, 2, 3, 4, 1).numpy()
+        listed([save_clip(wall(frames / 2 + 0.5, columns=6), preview)])

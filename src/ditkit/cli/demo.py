@@ -25,9 +25,12 @@ def demo(
     guidance: Guidance = None,
     size: Size = None,
     seed: Seed = 0,
+    clips: Annotated[
+        bool, typer.Option("--clips/--no-clips", help="A row of clips by micro-wan too.")
+    ] = True,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed rounds.")] = 3,
 ) -> None:
-    """Draw eight pictures densely and with each method, side by side, and write a report."""
+    """Draw eight pictures, and clips, densely and with each method, side by side, and write a report."""
     pixels = parse_size(size)
     writable_folder(out)
     from ditkit.analysis import demo as library
@@ -43,6 +46,7 @@ def demo(
             repeats=repeats,
             judge=judge_of(model),
             progress=progress,
+            clips=load("micro-wan") if clips else None,
         )
     show(result)
     listed([out / "demo.png", out / "report.html"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,12 +13,17 @@ from ditkit.cli.generate import Guidance, Seed, Steps, load
 
 
 def add_to(app: typer.Typer) -> None:
-    app.command("eval", epilog="Example: ditkit eval micro-flux --count 200")(guarded(evaluate))
+    app.command("eval", epilog="Example: ditkit eval micro-wan --count 100 --out out/eval")(guarded(evaluate))
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="micro-flux, or a folder of a pipeline.")] = "micro-flux",
-    count: Annotated[int, typer.Option("--count", min=1, help="Captions of the emoji set to draw.")] = 200,
+    model: Annotated[
+        str, typer.Argument(help="micro-flux, micro-wan, or a folder of a pipeline.")
+    ] = "micro-flux",
+    count: Annotated[
+        int | None,
+        typer.Option("--count", min=1, help="Captions to draw; 200 pictures or 100 clips if not given."),
+    ] = None,
     steps: Steps = 28,
     guidance: Guidance = None,
     seed: Seed = 0,
@@ -26,24 +31,57 @@ def evaluate(
         "out/eval"
     ),
 ) -> None:
-    """Draw captions of the emoji set and count how often the nearest picture is the prompted one."""
+    """Draw captions and count how often the picture, or the clip's object and motion, is the prompted one."""
     writable_folder(out)
-    from rich.table import Table
+    from ditkit.analysis.sampling import draws_clips
 
+    pipe = load(model)
+    if draws_clips(pipe):
+        listed(_clips(pipe, count or 100, steps, guidance, seed, out))
+    else:
+        listed(_pictures(pipe, count or 200, steps, guidance, seed, out))
+
+
+def _pictures(pipe: Any, count: int, steps: int, guidance: float | None, seed: int, out: Path) -> list[Path]:
     from ditkit.analysis import evaluate as library
     from ditkit.analysis.pictures import save
-    from ditkit.files import write_text
 
-    found = library.evaluate(load(model), count, steps, guidance, seed)
-    table = Table("captions", "asked", "right", header_style="bold", pad_edge=False)
+    found = library.evaluate(pipe, count, steps, guidance, seed)
+    table = _table("captions", "asked", "right")
     for group, (right, asked) in found.by_group.items():
         table.add_row(group, str(asked), f"{100 * right / asked:.0f} %")
     table.add_row("all", str(count), f"{100 * found.accuracy:.1f} %", style="bold")
     table.add_row("at most, by the autoencoder", str(count), f"{100 * found.ceiling:.1f} %", style="dim")
     console.print(table)
-    facts = json.dumps(found.as_dict(), indent=1, ensure_ascii=False)
-    written = [write_text(out / "eval.json", facts + "\n")]
+    written = [_facts(found.as_dict(), out)]
     for name, picture in (("pictures.png", found.pictures), ("unseen.png", found.unseen)):
         if picture is not None:
             written.append(save(picture, out / name))
-    listed(written)
+    return written
+
+
+def _clips(pipe: Any, count: int, steps: int, guidance: float | None, seed: int, out: Path) -> list[Path]:
+    from ditkit.analysis import evaluate_motion as library
+    from ditkit.analysis.videos import save_clip, wall
+
+    found = library.evaluate_motion(pipe, count, steps, guidance, seed)
+    table = _table(f"share of {count} clips", "object", "motion", "both", "both, nearest of nine")
+    rows = {"generated": found.shares, "at most, by the autoencoder": found.ceiling, "real clips": found.real}
+    for name, shares in rows.items():
+        values = (shares.object, shares.motion, shares.both, shares.nearest)
+        style = "bold" if name == "generated" else "dim"
+        table.add_row(name, *(f"{100 * value:.1f} %" for value in values), style=style)
+    console.print(table)
+    return [_facts(found.as_dict(), out), save_clip(wall(found.clips), out / "clips.gif")]
+
+
+def _table(first: str, *others: str) -> Any:
+    from rich.table import Table
+
+    return Table(first, *others, header_style="bold", pad_edge=False)
+
+
+def _facts(facts: dict[str, Any], out: Path) -> Path:
+    from ditkit.files import write_text
+
+    return write_text(out / "eval.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")

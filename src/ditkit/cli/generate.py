@@ -1,4 +1,4 @@
-"""`ditkit generate`: pictures from text."""
+"""`ditkit generate`: pictures and clips from text."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ import typer
 from ditkit.cli.common import UsageError, bar, existing_file, guarded, listed, notices, writable_file
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+CLIPS = (".mp4", ".gif")
 
 Model = Annotated[
-    str, typer.Option("--model", "-m", help="micro-flux, a folder of a diffusers pipeline, or a hub id.")
+    str,
+    typer.Option(
+        "--model", "-m", help="micro-flux, micro-wan, a folder of a diffusers pipeline, or a hub id."
+    ),
 ]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Denoising steps.")]
 Guidance = Annotated[
@@ -58,23 +62,32 @@ def generate(
     steps: StepsOfRecipe = None,
     guidance: Guidance = None,
     size: Size = None,
+    frames: Annotated[
+        int | None, typer.Option("--frames", min=1, help="Frames of a clip; the model's own if not given.")
+    ] = None,
     batch: Batch = 8,
     sheet: Annotated[
         bool, typer.Option("--sheet", help="One picture with all prompts side by side.")
     ] = False,
     out: Annotated[
         Path,
-        typer.Option("--out", "-o", help="Several prompts: numbered files apple-1.png, apple-2.png, ..."),
+        typer.Option(
+            "--out",
+            "-o",
+            help="A clip ends in .mp4 or .gif; as a picture it is five frames side by side. Several prompts: "
+            "numbered files apple-1.png, apple-2.png, ...",
+        ),
     ] = Path("out/picture.png"),
 ) -> None:
-    """Draw pictures from text, with any methods applied."""
-    writable_file(out, PICTURES)
+    """Draw pictures or clips from text, with any methods applied."""
+    writable_file(out, (*PICTURES, *CLIPS))
     if any(not text.strip() for text in prompt):
         raise UsageError("a prompt is empty")
     pixels = parse_size(size)
     from ditkit.analysis import pictures
     from ditkit.analysis.contestants import parse
-    from ditkit.analysis.sampling import Sampling, sample
+    from ditkit.analysis.sampling import Sampling, draws_clips, sample
+    from ditkit.analysis.videos import save_clip
     from ditkit.recipes import Recipe
 
     methods = [method for text in with_ or () for method in parse(text)]
@@ -85,26 +98,36 @@ def generate(
         steps = steps or opened.steps or told.steps
         guidance, pixels = told.guidance if guidance is None else guidance, pixels or told.size
     pipe = load(model)
+    if out.suffix.lower() in CLIPS and not draws_clips(pipe):
+        raise UsageError(
+            f"--out {out}: {model} draws pictures, not clips; end the name in {' or '.join(PICTURES)}"
+        )
+    if frames is not None and not draws_clips(pipe):
+        raise UsageError(f"--frames {frames}: {model} draws pictures, not clips")
     if opened is not None:
         opened.check(pipe)
-    sampling = Sampling(steps or STEPS, guidance, pixels, seed)
+    sampling = Sampling(steps or STEPS, guidance, pixels, seed, frames)
     with applied(pipe, methods) as run, step_bar(sampling.steps * -(-len(prompt) // batch)) as on_step:
         drawn = sample(pipe, prompt, sampling, on_step, batch)
         report = run.report() if run is not None else None
-    if sheet:
+    if drawn.clips is not None and out.suffix.lower() in CLIPS:
+        targets = numbered(out, len(prompt))
+        written = [save_clip(clip, path) for clip, path in zip(drawn.clips, targets, strict=True)]
+    elif sheet:
         written = [pictures.save(pictures.sheet({"": drawn.pictures}, prompt), out)]
     else:
         targets = numbered(out, len(prompt))
         images = [pictures.to_image(picture) for picture in drawn.pictures]
         written = [pictures.save(image, path) for image, path in zip(images, targets, strict=True)]
     listed(written)
-    notices.print(f"{len(prompt)} picture(s) in {drawn.seconds:.2f} s", highlight=False)
+    what = "picture(s)" if drawn.clips is None else "clip(s)"
+    notices.print(f"{len(prompt)} {what} in {drawn.seconds:.2f} s", highlight=False)
     if report is not None:
         notices.print(report)
 
 
 def load(model: str) -> Any:
-    """The text-to-picture pipeline, without its own progress bar: the commands have theirs.
+    """The text-to-picture or text-to-video pipeline, without its own progress bar: the commands have theirs.
 
     Raises:
         FileNotFoundError: there is no such model.

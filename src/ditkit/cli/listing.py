@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ditkit.cli.common import console, guarded
+from ditkit.cli.common import UsageError, console, guarded
 
 
 def add_to(app: typer.Typer) -> None:
@@ -24,13 +24,15 @@ def methods(
 
 
 def models(
-    name: Annotated[str | None, typer.Argument(help="Show this model's options.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Count this architecture's configurations, or one: dico, dico-xl.")
+    ] = None,
     classes: Annotated[
         bool,
         typer.Option("--classes", help="List what methods can do on each transformer class of diffusers."),
     ] = False,
 ) -> None:
-    """List the bundled pipelines and the architectures."""
+    """List the bundled pipelines and the architectures; with a name, its sizes beside the published ones."""
     if classes:
         _show_classes()
         return
@@ -41,7 +43,41 @@ def models(
         for bundled, summary in BUNDLED.items():
             table.add_row(bundled, summary)
         console.print(table)
-    _show("model", name)
+        _show("model", None)
+        return
+    from ditkit.models import split
+
+    architecture, variant = split(name)
+    _show("model", architecture)
+    _sizes(architecture, variant)
+
+
+def _sizes(architecture: str, variant: str | None) -> None:
+    """Parameters and multiply-adds of the configurations, counted here, beside the published ones."""
+    from ditkit.models.sizes import PUBLISHED, Size, measure, named
+
+    names = [f"{architecture}-{variant}"] if variant else named(architecture)
+    if unknown := set(names) - set(named(architecture)):
+        raise UsageError(f"no configuration {unknown.pop()!r}; there are {', '.join(named(architecture))}")
+
+    def millions(count: float | None) -> str:
+        return "" if count is None else f"{count / 1e6:,.1f} M"
+
+    def billions(count: float | None) -> str:
+        return "" if count is None else f"{count:,.2f} G"
+
+    columns = ("configuration", "parameters", "published", "multiply-adds", "published")
+    table = Table(*columns, header_style="bold", pad_edge=False)
+    for name in names:
+        size, published = measure(name), PUBLISHED.get(name, Size(None))
+        table.add_row(
+            name,
+            millions(size.parameters),
+            millions(published.parameters),
+            billions(size.multiply_adds),
+            billions(published.multiply_adds),
+        )
+    console.print(table)
 
 
 def _show_classes() -> None:

@@ -19,6 +19,7 @@ from ditkit.files import whole_file, write_text
 from ditkit.seams.anatomy import describe
 from ditkit.seams.attention import attention_modules
 from ditkit.seams.errors import SeamError
+from ditkit.seams.weights import heads_of
 
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
@@ -93,6 +94,24 @@ def load(folder: str | Path, method: str) -> Artifact:
         ArtifactError: a fit of another method, or files that do not belong together.
     """
     folder = Path(folder)
+    found = facts(folder, method)
+    try:
+        content = (folder / WEIGHTS).read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{folder} is damaged: {error}. Fit again") from error
+    if hashlib.sha256(content).hexdigest() != found["sha256"]:
+        raise ArtifactError(f"{folder}: {WEIGHTS} is not the file that {CONFIG} names. Fit again")
+    return Artifact(folder, method, found["options"], found["model"], files.load(content))
+
+
+def facts(folder: str | Path, method: str) -> dict[str, Any]:
+    """The `config.json` of a fit, without its tensors.
+
+    Raises:
+        FileNotFoundError: no such folder, or no fit in it.
+        ArtifactError: a fit of another method, or a damaged file.
+    """
+    folder = Path(folder)
     config = folder / CONFIG
     if not config.is_file():
         unfinished = (folder / ".progress").exists()
@@ -100,27 +119,22 @@ def load(folder: str | Path, method: str) -> Artifact:
         raise FileNotFoundError(f"{folder} holds no fit of {method}: {hint}")
     try:
         found = json.loads(config.read_text(encoding="utf-8"))
-        name, digest = found["method"], found["sha256"]
-        options, model = found["options"], found["model"]
-        content = (folder / WEIGHTS).read_bytes()
-    except (KeyError, TypeError, OSError, json.JSONDecodeError) as error:
+        if found["method"] != method:
+            raise ArtifactError(f"{folder} is a fit of {found['method']}, not of {method}")
+        return {name: found[name] for name in ("method", "options", "model", "sha256")}
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ArtifactError(f"{folder} is damaged: {type(error).__name__}: {error}. Fit again") from error
-    if name != method:
-        raise ArtifactError(f"{folder} is a fit of {name}, not of {method}")
-    if hashlib.sha256(content).hexdigest() != digest:
-        raise ArtifactError(f"{folder}: {WEIGHTS} is not the file that {CONFIG} names. Fit again")
-    return Artifact(folder, name, options, model, files.load(content))
 
 
 T = TypeVar("T")
 
 
-def fitted(method: T, found: Artifact) -> T:
+def fitted(method: T, options: Mapping[str, Any]) -> T:
     """The method with the options it was fitted with, wherever its own are at their defaults."""
     defaults = {f.name: f.default for f in dataclasses.fields(method)}  # pyright: ignore[reportArgumentType]
     changes = {
         name: value
-        for name, value in found.options.items()
+        for name, value in options.items()
         if name in defaults and getattr(method, name) == defaults[name]
     }
     return dataclasses.replace(method, **changes)  # pyright: ignore[reportArgumentType]
@@ -144,7 +158,10 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
 
 
 def _heads(module: nn.Module) -> int:
-    return int(getattr(module, "heads", 0) or getattr(module, "num_heads", 0))
+    try:
+        return heads_of(module)[0]
+    except SeamError:
+        return 0
 
 
 def _width(module: nn.Module) -> int:

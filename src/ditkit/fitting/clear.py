@@ -37,19 +37,10 @@ from ditkit.training.prodigy import Prodigy
 
 METHOD_OPTIONS = ("radius", "down_factor", "frame_radius")
 # Projections of the image stream inside an attention module, by the names diffusers gives them, and ours.
-PROJECTIONS = (
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out",
-    "to_qkv",
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "out_proj",
-    "qkv",
-    "proj",
-)
+PROJECTIONS = {
+    *("to_q", "to_k", "to_v", "to_out", "to_qkv", "q_proj", "k_proj", "v_proj", "out_proj"),
+    *("to_query", "to_key", "to_value", "out_layer", "qkv", "proj"),
+}
 
 
 @register(
@@ -224,12 +215,20 @@ class Distillation:
 
 @contextlib.contextmanager
 def distilling(
-    options: FitLocalWindow, model: nn.Module, samples: Samples, objective: Objective
+    options: FitLocalWindow,
+    model: nn.Module,
+    samples: Samples,
+    objective: Objective,
+    method: LocalWindow | None = None,
 ) -> Iterator[Distillation]:
-    """Student and teacher at work; afterwards the model is as it was."""
+    """Student and teacher at work; afterwards the model is as it was.
+
+    Args:
+        method: the student's; None: that of the options, at its start.
+    """
     layers = tapped_layers(model, options.every)
     teacher = copy.deepcopy(model).requires_grad_(False).eval()
-    student, full = _Tapped(layers, options.method()), _Tapped(layers, None)
+    student, full = _Tapped(layers, method or options.method()), _Tapped(layers, None)
     with apply(teacher, full, count_flops=False), apply(model, student, count_flops=False):
         pooling = [name for name, _ in model.named_parameters() if f".{POOLING}." in name]
         with trainable(model, [*projections(model), *pooling]) as trained:

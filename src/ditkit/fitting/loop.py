@@ -83,7 +83,7 @@ def optimise(
                 settings.seed, step, settings.batch, torch.arange(settings.batch), _device(parameters)
             )
             losses = loss(order.take(settings.batch), noise)
-            value = float(losses["loss"])
+            value = float(losses["loss"].detach())
             if not math.isfinite(value):
                 raise FittingError(f"{what}: the loss at step {step} is {value}; lower lr")
             optimizer.zero_grad(set_to_none=True)
@@ -91,7 +91,7 @@ def optimise(
             if settings.clip is not None:
                 nn.utils.clip_grad_norm_(parameters.values(), settings.clip)
             optimizer.step()
-            history.append({name: float(value) for name, value in losses.items()})
+            history.append({name: float(value.detach()) for name, value in losses.items()})
             done = len(history)
             progress(f"{what}, loss {value:.4g}", done, settings.steps)
             if stopped() or done % settings.checkpoint_every == 0 or done == settings.steps:

@@ -50,11 +50,12 @@ class Objective:
             raise FittingError(f"{type(scheduler).__name__} is neither a flow-matching nor a DDPM scheduler")
         if not self.flow and self.kind not in ("epsilon", "v_prediction", "sample"):
             raise FittingError(f"{type(scheduler).__name__}: prediction_type {self.kind!r} is not known")
-        self.alphas = alphas
+        self.alphas = torch.empty(0) if alphas is None else alphas
 
     def pose(self, clean: Tensor, noise: BatchNoise) -> Problem:
-        """Noise a batch at times drawn uniformly over the scheduler's table."""
+        """Noise a batch at times drawn uniformly over the scheduler's table; all on the device of `noise`."""
         eps = noise.normal(*clean.shape[1:]).to(clean.dtype)
+        clean = clean.to(eps.device)
         step = (noise.uniform() * self.train_steps).floor()  # (B,) 0 .. train_steps - 1
         spread = (-1,) + (1,) * (clean.ndim - 1)
         if self.flow:

@@ -149,4 +149,4 @@ def _understood(pipe: Any, anatomy: Anatomy, seen: dict[str, Any]) -> FirstStep:
 
 def first_channels(output: Tensor, shape: Sequence[int]) -> Tensor:
     """The prediction in an output that has a variance behind it: (B, 2 C, ...) -> (B, C, ...)."""
-    return output[:, : shape[1]] if output.ndim == 4 and output.shape[1] > shape[1] else output
+    return output[:, : shape[1]] if output.ndim >= 4 and output.shape[1] > shape[1] else output

@@ -98,7 +98,7 @@ def prepare(
         latents = draw(pipe, prompts, one, progress, steps=steps, seed=seed)
     shared = {name: value for name, value in one.arguments.items() if name not in batched}
     samples = Samples(latents, shared, rows, one.divisor, one.sign)
-    _write(file, samples)
+    keep(folder, samples)
     return samples
 
 
@@ -186,7 +186,8 @@ def encode_emoji(pipe: Any, captions: Sequence[str], shape: tuple[int, ...]) -> 
 # On disk: tensors by their path, everything else as JSON in the file's metadata.
 
 
-def _write(file: Path, samples: Samples) -> None:
+def keep(folder: Path, samples: Samples) -> None:
+    """Lay samples where `prepare` finds them."""
     tensors: dict[str, Tensor] = {"latents": samples.latents.contiguous()}
     facts = {
         "shared": _pack(samples.shared, "shared", tensors),
@@ -194,7 +195,7 @@ def _write(file: Path, samples: Samples) -> None:
         "divisor": samples.divisor,
         "sign": samples.sign,
     }
-    with whole_file(file) as part:
+    with whole_file(folder / PROGRESS / FILE) as part:
         save_file(tensors, part, metadata={"facts": json.dumps(facts)})
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from ditkit.registry import Choice, Paper, Range, Search, register
 from ditkit.seams.apply import Host
 from ditkit.seams.blocks import StackCache
+from ditkit.seams.cost import ModelCost
 from ditkit.seams.errors import SeamError
 from ditkit.seams.extrapolate import DTYPES, Expansion, FactorDtype, Trajectory
 from ditkit.seams.steps import Coordinate, Step
@@ -120,6 +121,10 @@ class CGTaylor:
         """How many steps of a generation are computed at least: the warm-up and the last one. How many more
         is known afterwards only: `run.report().computed_at`."""
         return min(num_steps, self.warmup + 1) if self.threshold else num_steps
+
+    def ceiling(self, cost: ModelCost) -> float:
+        """At most so many times less work: at a skipped step the first block runs."""
+        return cost.skipping(self.computed_steps(cost.steps), blocks=1)
 
     @property
     def tensors_held(self) -> int:

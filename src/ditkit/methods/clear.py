@@ -17,6 +17,7 @@ B batch, h heads, L tokens of the sequence, N = F H W image tokens, T text token
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Mapping
@@ -114,10 +115,18 @@ class LocalWindow:
         if self.spatial_weight is not None and self.down_factor == 1:
             raise ValueError("spatial_weight is read with a down_factor above 1 only; set down_factor")
 
+    def fitted(self) -> LocalWindow:
+        """With the options that its weights were fitted with."""
+        if self.weights is None:
+            return self
+        return artifact.fitted(self, artifact.facts(self.weights, "local-window")["options"])
+
     # What it costs, without a model.
 
     def pairs(self, height: int, width: int, text_length: int = 512, frames: int = 1) -> int:
         """Query-key pairs that are read, for a grid in tokens and joint text; takes no L x L mask."""
+        if self.weights is not None:
+            return dataclasses.replace(self.fitted(), weights=None).pairs(height, width, text_length, frames)
         tokens = frames * height * width
         near = _within(frames, math.floor(min(self.frame_radius, frames)))
         near *= _disc_pairs(height, width, self.radius)
@@ -155,13 +164,13 @@ class LocalWindow:
         return executors.WindowPlan(windows, layout, self.executor)
 
     def attach(self, host: Host) -> None:
-        options, values = self, {}
+        options, values = self.fitted(), {}
         if self.weights is not None:
             found = artifact.load(self.weights, "local-window")
             found.check(host.model)
-            options, values = artifact.fitted(self, found), dict(found.tensors)
+            values = dict(found.tensors)
         learned = {name: values.pop(name) for name in list(values) if name.endswith(_TAIL)}
-        cells = options._cells(host, self._given() or learned)
+        cells = options._cells(host, self._given(learned))
         strategy = options.strategy({name: module.spatial_weight for name, module in cells.items()})
         if self.ntk_factor != 1:
             _scale_rotary_base(host, self.ntk_factor)
@@ -172,20 +181,20 @@ class LocalWindow:
         host.stats.holds(lambda: sum(module.spatial_weight.nbytes for module in cells.values()))
         host.note(strategy.notes)
 
-    def _given(self) -> dict[str, Tensor]:
+    def _given(self, learned: Mapping[str, Tensor]) -> Mapping[str, Tensor] | None:
         if isinstance(self.spatial_weight, str):
             from safetensors.torch import load_file
 
             return load_file(self.spatial_weight)
-        return dict(self.spatial_weight or {})
+        return self.spatial_weight if self.spatial_weight is not None else learned or None
 
-    def _cells(self, host: Host, given: Mapping[str, Tensor]) -> dict[str, Pooling]:
+    def _cells(self, host: Host, given: Mapping[str, Tensor] | None) -> dict[str, Pooling]:
         """The pooling of each attention module, by the module's name; none at a down factor of 1."""
         d = self.down_factor
         wanted = [name for name, kind in host.attention.modules() if kind != "cross"]
         if d == 1:
             return {}
-        if not given:
+        if given is None:
             given = {name + _TAIL: torch.full((d, d), 1 / d**2) for name in wanted}
         found = {name.removesuffix(_TAIL): weight for name, weight in given.items() if name.endswith(_TAIL)}
         missing, unknown = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))

@@ -11,8 +11,8 @@ dense.
 Beyond the paper: any grid (a tile that sticks out is averaged and read without its filling), text as a prefix
 or absent, padded text masked for each sample, and a map for each sample of a batch (the authors' guidance
 variant has one for each half). A threshold over the whole map can leave a tile of queries without keys, which
-the authors' kernel answers with zeros or NaN; by default such a tile reads the tile it scores best and itself
-(`empty_rows="authors"` leaves it).
+the authors' kernel answers with zeros or NaN, and which gets zeros here; with `empty_rows="best"` it reads
+the tile it scores best and itself (no nearer to dense in benchmarks/sparse_attention.py, so not the default).
 
 B batch, h heads, L tokens of the sequence, N image tokens, S tiles, d head dim.
 """
@@ -67,8 +67,8 @@ class DraftAttention:
             the first 25 %. Without a schedule, the timesteps above 1 - this of full noise.
         dense_until: instead of `dense_steps`, steps stay dense until the timestep (of 1000) has fallen to
             this; the authors' code has 945 on HunyuanVideo and 925 on Wan.
-        empty_rows: what a tile of queries reads that the threshold leaves no tile of keys: `"best"`: the one
-            it scores best, and itself; `"authors"`: nothing but text.
+        empty_rows: what a tile of queries reads that the threshold leaves no tile of keys: `"authors"`:
+            nothing but text; `"best"`: the one it scores best, and itself.
         pooling: `"mean"`, or `"max"` as in the paper's ablation.
         executor: how to run it; `"auto"` takes masked dense attention below about a thousand tokens or where
             most pairs are read, otherwise gathered blocks.
@@ -90,7 +90,7 @@ class DraftAttention:
     dense_blocks: int | None = None
     dense_steps: float = 0.25
     dense_until: float | None = None
-    empty_rows: Literal["best", "authors"] = "best"
+    empty_rows: Literal["authors", "best"] = "authors"
     pooling: Literal["mean", "max"] = "mean"
     executor: executors.Executor = "auto"
 
@@ -102,7 +102,7 @@ class DraftAttention:
         if layers is not None and (isinstance(layers, bool) or not isinstance(layers, int) or layers < 0):
             raise ValueError(f"dense_blocks must be a whole number of at least 0 or None; got {layers!r}")
         choices = {
-            "empty_rows": ("best", "authors"),
+            "empty_rows": ("authors", "best"),
             "pooling": ("mean", "max"),
             "executor": ("auto", "dense", "gather", "flex"),
         }

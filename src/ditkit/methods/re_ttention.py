@@ -206,7 +206,7 @@ class ReTtention:
     def phases(self, num_steps: int, warmup: int | None = None) -> list[Phase]:
         """How each step of a generation runs; a first step after the warm-up is full in any case."""
         warmup = self.warmup_of(None, num_steps) if warmup is None else warmup
-        found = [self.phase(index, warmup) for index in range(num_steps)]
+        found: list[Phase] = [self.phase(index, warmup) for index in range(num_steps)]
         if self.refresh > 1 and warmup < num_steps:
             found[warmup] = "full"
         return found

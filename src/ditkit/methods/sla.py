@@ -106,7 +106,7 @@ class SLA:
         if self.block_kv < 1 or self.block_q < 1 or self.block_q % self.block_kv:
             sizes = f"{self.block_q} and {self.block_kv}"
             raise ValueError(f"block_q must be a multiple of block_kv, both at least 1; got {sizes}")
-        if self.tile is not None and math.prod(_sides(self.tile)) != self.block_kv:
+        if self.tile is not None and math.prod(executors.sides(self.tile)) != self.block_kv:
             raise ValueError(f"tile={self.tile!r} does not hold block_kv={self.block_kv} tokens")
 
     @property
@@ -115,6 +115,12 @@ class SLA:
         if self.k_low is not None:
             return self.k_low
         return 0.1 if self.variant == "paper" else 0.0
+
+    def fitted(self) -> SLA:
+        """With the options that its weights were fitted with."""
+        if self.weights is None:
+            return self
+        return artifact.fitted(self, artifact.facts(self.weights, "sla")["options"])
 
     # What it costs, without a model.
 
@@ -125,9 +131,10 @@ class SLA:
     def density(self, grid: tuple[int, int, int], text_length: int = 0) -> float:
         """Share of the L x L pairs in the softmax part, for a grid (F, H, W) in tokens and joint text; where
         blocks are cut at the end, of the mean over all choices of blocks."""
+        options = self.fitted()
         tokens, length = math.prod(grid), math.prod(grid) + text_length
-        blocks = self._tiling(grid).order.shape[0]
-        near = tokens**2 * self.kept(blocks) / blocks
+        blocks = options.tiling(grid).order.shape[0]
+        near = tokens**2 * options.kept(blocks) / blocks
         return (near + tokens * text_length + text_length * length) / length**2
 
     def flops(
@@ -136,7 +143,7 @@ class SLA:
         """FLOPs of one layer's attention as the paper counts them: topk of the dense 4 L^2 d h, whatever the
         rounding to whole blocks, plus 2 N d^2 h, one of the two products of the linear part."""
         tokens, length = math.prod(grid), math.prod(grid) + text_length
-        pairs = self.topk * tokens**2 + tokens * text_length + text_length * length
+        pairs = self.fitted().topk * tokens**2 + tokens * text_length + text_length * length
         return (4 * pairs + 2 * tokens * head_dim) * head_dim * heads
 
     @staticmethod
@@ -146,21 +153,22 @@ class SLA:
 
     # On a model.
 
-    def _tiling(self, grid: tuple[int, int, int], device: torch.device | None = None) -> executors.Tiling:
+    def tiling(self, grid: tuple[int, int, int], device: torch.device | None = None) -> executors.Tiling:
+        """The blocks of keys."""
         if self.tile is None:
             return executors.tile_grid((1, 1, math.prod(grid)), (1, 1, self.block_kv), device)
-        return executors.tile_grid(grid, _sides(self.tile), device)
+        return executors.tile_grid(grid, executors.sides(self.tile), device)
 
     def strategy(self, projections: dict[str, nn.Linear] | None = None) -> Attention:
         """What acts at the seam, with Proj by the name of the attention module."""
         return Attention(self, projections or {})
 
     def attach(self, host: Host) -> None:
-        options, values = self, {}
+        options, values = self.fitted(), {}
         if self.weights is not None:
             found = artifact.load(self.weights, "sla")
             found.check(host.model)
-            options, values = artifact.fitted(self, found), found.tensors
+            values = found.tensors
         projections = {}
         modules = [name for name, kind in host.attention.modules() if kind != "cross"]
         for name in modules:
@@ -179,18 +187,12 @@ class SLA:
 
 def projection(width: int, model: nn.Module) -> nn.Linear:
     """Proj at its start: zero, in float32 on the model's device."""
-    module = nn.utils.skip_init(nn.Linear, width, width, device=next(model.parameters()).device)
+    device = next(model.parameters()).device
+    # By way of "meta", so that its first values take no random numbers from whoever draws next.
+    module = nn.Linear(width, width, device="meta", dtype=torch.float32).to_empty(device=device)
     nn.init.zeros_(module.weight)
     nn.init.zeros_(module.bias)
     return module
-
-
-def _sides(text: str) -> tuple[int, int, int]:
-    parts = text.lower().split("x")
-    if len(parts) not in (2, 3) or not all(part.strip().isdigit() for part in parts):
-        raise ValueError(f"tile must be sizes like 8x8 or 4x4x4 (frames, height, width); got {text!r}")
-    *frames, height, width = map(int, parts)
-    return (frames[0] if frames else 1), height, width
 
 
 @dataclass(frozen=True)
@@ -247,16 +249,15 @@ class Attention:
     def plan(self, layout: TokenLayout, heads: int, device: torch.device) -> _Plan:
         """Blocks of a layout."""
         options = self.options
-        tiling = options._tiling(layout.grid, device)
+        tiling = options.tiling(layout.grid, device)
         n, b = tiling.order.shape
         counts = tiling.valid.sum(-1) if tiling.valid is not None else torch.full((n,), b, device=device)
         share = options.density(layout.grid, layout.joint_text_length)
         choice = executors.choose(layout.length, share, device=device)
-        name = choice.name if options.executor == "auto" else options.executor
-        self._notes[
-            f"{options.kept(n)} of {n} key blocks are critical, {share:.1%} of the pairs; runs {name} "
-            f"({choice.reason if options.executor == 'auto' else 'as asked for'})"
-        ] = None
+        if options.executor != "auto":
+            choice = executors.Choice(options.executor, "as asked for")
+        what = f"{options.kept(n)} of {n} key blocks critical,"
+        self._notes[executors.in_words(what, layout, share, choice)] = None
         return _Plan(layout, tiling, options.block_q // options.block_kv, share, counts)
 
     def attend(

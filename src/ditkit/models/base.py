@@ -42,6 +42,16 @@ class ClassConditionalModel(ModelMixin, ConfigMixin, CacheMixin):
             return checkpoint(block, *arguments)
         return block(*arguments)
 
+    def example_inputs(self) -> dict[str, Tensor]:
+        """Arguments of a forward of one sample at the size the model was built for, all zero, on the current
+        device."""
+        whole = torch.zeros(1, dtype=torch.long)
+        return {
+            "hidden_states": torch.zeros(1, self.in_channels, *self.latent_size),
+            "timestep": whole,
+            "class_labels": whole,
+        }
+
     def labels(self, class_labels: Tensor | None, batch: int) -> Tensor:
         """The labels (B,), the null class for all when there are none.
 
@@ -51,6 +61,11 @@ class ClassConditionalModel(ModelMixin, ConfigMixin, CacheMixin):
         if class_labels is None:
             return torch.full((batch,), self.y_embedder.null_label, dtype=torch.long, device=self.device)
         return class_labels
+
+    def default_guidance(self) -> GuidedChannels:
+        """The channels that the authors guide, all where there are fewer."""
+        authors = self.authors_guidance
+        return authors if isinstance(authors, str) else min(authors, self.in_channels)
 
     def forward_with_cfg(
         self,
@@ -81,7 +96,7 @@ class ClassConditionalModel(ModelMixin, ConfigMixin, CacheMixin):
             raise ValueError(
                 f"guidance needs labels and null labels in equal number: batch {hidden_states.shape[0]}"
             )
-        asked = self.authors_guidance if guidance_channels is None else guidance_channels
+        asked = self.default_guidance() if guidance_channels is None else guidance_channels
         channels = guided_channels(asked, self.in_channels)
         first_half = hidden_states[: hidden_states.shape[0] // 2]
         both = torch.cat([first_half, first_half])

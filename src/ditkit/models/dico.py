@@ -1,9 +1,9 @@
 """DiCo: a U-shaped denoiser of convolutions only, with compact channel attention.
 
 "DiCo: Revitalizing ConvNets for Scalable and Efficient Diffusion Modeling", arXiv 2505.11196. A block is a
-1 x 1 and a depthwise 3 x 3 convolution, a sigmoid gate for each channel (compact channel attention, CCA) and
-a feed-forward of 1 x 1 convolutions, modulated and gated as in DiT. Three levels of widths D, 2D, 4D; the
-last decoder level stays at 2D. No attention, patches or positions: any latent with sides of 4 n runs.
+1 x 1 and a depthwise 3 x 3 convolution, a sigmoid gate for each channel (compact channel attention, CCA)
+and a feed-forward of 1 x 1 convolutions, modulated and gated as in DiT. Three levels of widths D, 2D, 4D;
+the last decoder level stays at 2D. No attention, patches or positions: any latent with sides of 4 n runs.
 Parameter names are the authors'. Text conditioning (the paper's two forms, not in the authors' code) is an
 option; what the paper does not say of it (placement, the text's perceptron) and we chose is in `TextMixer`.
 
@@ -17,12 +17,13 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from diffusers import ModelMixin  # noqa: F401  (a saved pipeline looks for it beside the model's class)
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from ditkit.models.base import ClassConditionalModel, both_sides, chosen
-from ditkit.models.layers import LabelDropout, TimestepEmbedder
+from ditkit.models.layers import CrossAttention, LabelDropout, TimestepEmbedder
 from ditkit.models.layouts import LAYOUTS, Layout, Settings, State, count, label_rows, shapes_of
 from ditkit.registry import Paper, register
 
@@ -76,20 +77,13 @@ class TextMixer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(text_width, width), nn.GELU(), nn.Linear(width, width))
         self.scale = nn.Parameter(torch.zeros(width, 1, 1))
         if form == "cross-attention":
-            if width % num_heads:
-                raise ValueError(f"width={width} can't be split over {num_heads} heads of cross-attention")
-            self.num_heads = num_heads
-            self.q, self.kv = nn.Linear(width, width), nn.Linear(width, 2 * width)
-            self.proj = nn.Linear(width, width)
+            self.attention = CrossAttention(width, num_heads)
 
     def forward(self, maps: Tensor, text: Tensor) -> Tensor:
         text = self.mlp(text)  # (B, T, D)
         if self.form == "depthwise":
             return maps + self.scale * text_depthwise(maps, text)
-        query = self.q(maps.flatten(2).transpose(1, 2)).unflatten(2, (self.num_heads, -1))  # (B, HW, N, d)
-        key, value = self.kv(text).unflatten(2, (2, self.num_heads, -1)).unbind(2)  # (B, T, N, d)
-        swapped = (part.transpose(1, 2) for part in (query, key, value))
-        mixed = self.proj(F.scaled_dot_product_attention(*swapped).transpose(1, 2).flatten(2))  # (B, HW, D)
+        mixed = self.attention(maps.flatten(2).transpose(1, 2), text)  # (B, H W, D)
         return maps + self.scale * mixed.transpose(1, 2).reshape(maps.shape)
 
 
@@ -339,6 +333,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "DiCo: Revitalizing ConvNets for Scalable and Efficient Diffusion Modeling", "2505.11196", 2025
     ),
     seam=("architecture",),
+    variants=tuple(VARIANTS),
 )
 def dico(variant: str | None = None, **config: Any) -> DiCo:
     """A fresh DiCo of a named variant ("xl"; None: the defaults), with changes to its config."""

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers import ModelMixin  # noqa: F401  (a saved pipeline looks for it beside the model's class)
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
@@ -260,6 +261,7 @@ def infer(state: State, options: Mapping[str, Any]) -> dict[str, Any]:
     summary="class-conditional diffusion transformer with adaLN-Zero blocks; dit-{s,b,l,xl}/{2,4,8}",
     paper=Paper("Scalable Diffusion Models with Transformers", "2212.09748", 2022),
     seam=("architecture",),
+    variants=tuple(VARIANTS),
 )
 def dit(variant: str | None = None, **config: Any) -> DiT:
     """A fresh DiT of a named variant ("xl/2"; None: the defaults), with changes to its config."""
@@ -276,6 +278,7 @@ def dit(variant: str | None = None, **config: Any) -> DiT:
         2024,
     ),
     seam=("architecture",),
+    variants=tuple(VARIANTS),
 )
 def sit(variant: str | None = None, **config: Any) -> SiT:
     """A fresh SiT of a named variant ("xl/2"; None: the defaults), with changes to its config."""

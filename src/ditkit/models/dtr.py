@@ -1,12 +1,12 @@
 """DTR: each noise level sees its own window of channels; an add-on without parameters to isotropic models.
 
 "Denoising Task Routing for Diffusion Models", arXiv 2310.07138. A mask of the timestep, the same in every
-block, chooses which channels of the residual stream the block reads. Windows of constant size slide with the
-timestep, faster at high noise. The masks are in `routing` (`channel_masks`, `ChannelRouting`, `route`): they
-are an option of every isotropic model here, not a model. This file holds the paper's defaults, the loss
-weightings of its reported combinations (Min-SNR, ANT's uncertainty weighting) and the authors' checkpoints.
-All formulas are those of the authors' code; its P2 weighting fails on its own shapes and is left out. Not in
-the code, inferred: a time in [0, 1], 0 being noise, takes row round((1 - t) (T - 1)).
+block, chooses which channels of the residual stream the block reads. Windows of constant size slide with
+the timestep, faster at high noise. The masks are in `routing` (`channel_masks`, `ChannelRouting`, `route`):
+they are an option of every isotropic model here, not a model. This file holds the paper's defaults, the
+loss weightings of its reported combinations (Min-SNR, ANT's uncertainty weighting) and the authors'
+checkpoints. All formulas are those of the authors' code; its P2 weighting fails on its own shapes and is
+left out. Not in the code, inferred: a time in [0, 1], 0 being noise, takes row round((1 - t) (T - 1)).
 
 Dimensions: B batch, T timesteps, G groups of timesteps.
 """
@@ -93,6 +93,7 @@ class UncertaintyWeighting(nn.Module):
     "{s,b,l,xl}/{2,4,8}, ...",
     paper=Paper("Denoising Task Routing for Diffusion Models", "2310.07138", 2023),
     seam=("architecture",),
+    variants=tuple(dit.VARIANTS),
 )
 def dtr(variant: str | None = None, routing: Mapping[str, Any] | None = None, **config: Any) -> Any:
     """A fresh routed model.

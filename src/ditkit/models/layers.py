@@ -25,11 +25,11 @@ def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=16)
-def sincos_table(width: int, rows: int, columns: int) -> Tensor:
+def sincos_table(width: int, rows: int, columns: int, scale: float = 1.0) -> Tensor:
     """Fixed two-dimensional sine-cosine positions, row-major over the grid, float32 on the CPU, (1, R S, D).
 
     The first D/2 channels encode the column and the last D/2 the row; each half is sines then cosines of
-    `position * 10000^(-k / (D/4))`, computed in float64.
+    `position / scale * 10000^(-k / (D/4))`, computed in float64.
 
     Raises:
         ValueError: if `width` is not a multiple of 4.
@@ -37,12 +37,17 @@ def sincos_table(width: int, rows: int, columns: int) -> Tensor:
     if width % 4:
         raise ValueError(f"width={width} has no two-dimensional sine-cosine table; choose a multiple of 4")
     on_cpu = {"dtype": torch.float64, "device": "cpu"}  # explicit: a caller may be building on "meta"
-    frequencies = 10000.0 ** (-torch.arange(width // 4, **on_cpu) / (width / 4))
-    row = torch.arange(rows, **on_cpu).repeat_interleave(columns)  # (T,)
-    column = torch.arange(columns, **on_cpu).repeat(rows)  # (T,)
-    halves = [torch.outer(position, frequencies) for position in (column, row)]  # 2 x (T, D/4)
-    table = torch.cat([part for half in halves for part in (half.sin(), half.cos())], dim=1)  # (T, D)
-    return table.float().unsqueeze(0)
+    row = torch.arange(rows, **on_cpu).repeat_interleave(columns) / scale  # (T,)
+    column = torch.arange(columns, **on_cpu).repeat(rows) / scale  # (T,)
+    halves = [sincos_line(width // 2, position) for position in (column, row)]  # 2 x (T, D/2)
+    return torch.cat(halves, dim=1).float().unsqueeze(0)
+
+
+def sincos_line(width: int, position: Tensor) -> Tensor:
+    """Sines then cosines of `position * 10000^(-k / (D/2))`: (T,) -> (T, D), in the positions' precision."""
+    exponent = torch.arange(width // 2, dtype=position.dtype, device=position.device) / (width / 2)
+    angles = torch.outer(position, 10000.0**-exponent)  # (T, D/2)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
@@ -148,20 +153,48 @@ class LabelEmbedder(LabelDropout):
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection: (B, T, D) -> (B, T, D)."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
         if width % num_heads:
             raise ValueError(f"width={width} can't be split over num_heads={num_heads}")
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The mask (B or 1, 1, T or 1, T) says which keys count, or is added to the scores."""
         qkv = self.qkv(hidden_states).unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, N, E)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, N, T, E)
         # Called through the module's attribute: that is where attention methods step in.
-        attended = F.scaled_dot_product_attention(query, key, value)  # (B, N, T, E)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # (B, N, T, E)
         return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of queries to keys and values of the same or another sequence."""
+
+    def __init__(self, width: int, num_heads: int, bias: bool = True) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"width={width} can't be split over num_heads={num_heads}")
+        self.num_heads = num_heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width, bias=bias) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(
+        self, hidden_states: Tensor, other: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Queries (B, T, D) read `other` (B, S, D), by default themselves -> (B, T, D).
+
+        The mask (B, 1, T or 1, S) is added to the scores.
+        """
+        other = hidden_states if other is None else other
+        query, key, value = (
+            part.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+            for part in (self.to_q(hidden_states), self.to_k(other), self.to_v(other))
+        )  # (B, N, T, E), (B, N, S, E)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # (B, N, T, E)
+        return self.to_out[0](attended.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):

@@ -2,12 +2,12 @@
 
 "LiT: Delving into a Simplified Linear Diffusion Transformer for Image Generation", arXiv 2501.12976. Every
 self-attention becomes `phi(q) (phi(k)^T v) / (phi(q) sum phi(k))` with phi = ReLU + 1e-6, plus a depthwise
-5 x 5 convolution of the values; all else is a DiT. Everything but the attention is inherited from a converged
-DiT (`inherit`), and the student follows a frozen teacher's noise and variance (`distillation_losses`). The
-authors' code was not available: the module follows public descriptions of it. Inferred, and options here: q
-and kv have a bias as DiT's (`qkv_bias`); heads of B and L (2 and 4); the distance is the mean over the
-elements of the raw output. In the text model the authors attend in float32 (`upcast_attention`). The paper's
-text-to-image student (PixArt) is not here.
+5 x 5 convolution of the values; all else is a DiT. Everything but the attention is inherited from a
+converged DiT (`inherit`), and the student follows a frozen teacher's noise and variance
+(`distillation_losses`). The authors' code was not available: the module follows public descriptions of it.
+Inferred, and options here: q and kv have a bias as DiT's (`qkv_bias`); heads of B and L (2 and 4); the
+distance is the mean over the elements of the raw output. In the text model the authors attend in float32
+(`upcast_attention`). The paper's text-to-image student (PixArt) is not here.
 
 Dimensions: B batch, T = R S tokens of a grid, D width, N heads, E = D/N head width.
 """
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import ModelMixin  # noqa: F401  (a saved pipeline looks for it beside the model's class)
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
@@ -137,6 +138,7 @@ class LiT(DiT):
     def initialize_weights(self) -> None:
         """As a DiT; the depthwise convolutions start as PyTorch's."""
         super().initialize_weights()
+        block: Any
         for block in self.blocks:
             block.attn.dwc.reset_parameters()
 
@@ -172,6 +174,7 @@ def inherit(teacher: DiT, attention: Iterable[str] = (), **config: Any) -> LiT:
     settings["num_heads"] = _HEADS.get(width, 2)
     student = LiT(**{**settings, **config})
     inherited = {name: value for name, value in teacher.state_dict().items() if ".attn." not in name}
+    block: Any
     for index, block in enumerate(teacher.blocks if parts else ()):
         name = f"blocks.{index}.attn"
         for kind in ("weight", "bias"):
@@ -190,7 +193,7 @@ def inherit(teacher: DiT, attention: Iterable[str] = (), **config: Any) -> LiT:
         student.load_state_dict(inherited, strict=False)
     except RuntimeError as error:
         raise ValueError(f"config={config} changes sizes that are inherited: {error}") from error
-    return student.to(teacher.device, teacher.dtype).train(teacher.training)
+    return student.to(device=teacher.device, dtype=teacher.dtype).train(teacher.training)
 
 
 def distillation_losses(
@@ -235,6 +238,7 @@ VARIANTS: dict[str, dict[str, int]] = {
         "LiT: Delving into a Simplified Linear Diffusion Transformer for Image Generation", "2501.12976", 2025
     ),
     seam=("architecture",),
+    variants=tuple(VARIANTS),
 )
 def lit(variant: str | None = None, **config: Any) -> LiT:
     """A fresh LiT of a named variant ("xl/2"; None: the defaults), with changes to its config."""

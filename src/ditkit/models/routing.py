@@ -99,7 +99,7 @@ class ChannelRouting(nn.Module):
             return None
         rows = timestep
         if self.unit_time:
-            rows = ((1 - timestep.double()) * (self.num_timesteps - 1)).round()
+            rows = ((1 - timestep.float()) * (self.num_timesteps - 1)).round()
         if self.masks.is_meta and not timestep.is_meta:  # built without memory, then loaded
             self.masks = channel_masks(*self.arguments).to(timestep.device)
         return self.masks[rows.long()].to(dtype).unsqueeze(1)

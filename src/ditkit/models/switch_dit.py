@@ -1,13 +1,13 @@
 """Switch-DiT: a sparse mixture of experts, gated by the timestep, makes the mask of every DiT block.
 
-"Switch Diffusion Transformer: Synergizing Denoising Tasks with Sparse Mixture-of-Experts", arXiv 2403.09176.
-Each block has E experts, affine maps of its input; the timestep's embedding picks k of them, and one plus
-their gated sum is the mask M of `x_out = block(M x) + (1 - M) x`: real-valued, different for each token.
-Experts start at zero, so M at 1 and the network as a DiT. A prior loss pulls the choice of experts over time
-towards the sliding windows of DTR, matched to the experts by assignment. Gates are the softmax's values, not
-renormalised over the chosen ones, as in the authors' code (the paper's text was not compared). The authors
-evaluate the timestep embedding for all S steps at each forward; only the rows in use matter, so only those
-are computed here, and a fractional time is allowed.
+"Switch Diffusion Transformer: Synergizing Denoising Tasks with Sparse Mixture-of-Experts", arXiv
+2403.09176. Each block has E experts, affine maps of its input; the timestep's embedding picks k of them,
+and one plus their gated sum is the mask M of `x_out = block(M x) + (1 - M) x`: real-valued, different for
+each token. Experts start at zero, so M at 1 and the network as a DiT. A prior loss pulls the choice of
+experts over time towards the sliding windows of DTR, matched to the experts by assignment. Gates are the
+softmax's values, not renormalised over the chosen ones, as in the authors' code (the paper's text was not
+compared). The authors evaluate the timestep embedding for all S steps at each forward; only the rows in use
+matter, so only those are computed here, and a fractional time is allowed.
 
 Dimensions: B batch, T tokens, D width, E experts, N blocks, S timesteps of the schedule.
 """
@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers import ModelMixin  # noqa: F401  (a saved pipeline looks for it beside the model's class)
 from diffusers.configuration_utils import register_to_config
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
@@ -137,6 +138,7 @@ class SwitchDiT(DiT):
     def initialize_weights(self) -> None:
         """As a DiT, with the experts at zero."""
         super().initialize_weights()
+        block: Any
         for block in self.blocks:
             nn.init.zeros_(block.router.weight)
 
@@ -152,7 +154,8 @@ class SwitchDiT(DiT):
     def probabilities(self, timestep: Tensor) -> Tensor:
         """The gates of all blocks at some timesteps (B,), side by side, (B, N E)."""
         time = self.t_embedder(timestep, dtype=self.dtype)
-        return torch.cat([block.router.probabilities(time) for block in self.blocks], dim=-1)
+        routers: list[Any] = [block.router for block in self.blocks]
+        return torch.cat([router.probabilities(time) for router in routers], dim=-1)
 
     def choices(self) -> Tensor:
         """Which experts each timestep of the schedule takes, 0 and 1, (S, N E)."""
@@ -235,7 +238,7 @@ def prior_divergence(probabilities: Tensor, prior: Tensor, depth: int, eps: floa
         2024,
     ),
     seam=("architecture",),
-    conflicts=("dtr",),
+    variants=tuple(dit.VARIANTS),
 )
 def switch_dit(variant: str | None = None, **config: Any) -> SwitchDiT:
     """A fresh Switch-DiT of a named variant ("xl/2"; None: the defaults), with changes to its config."""

@@ -1,4 +1,4 @@
-"""Pictures of a class, from DiT, SiT and models called like them.
+"""Pictures of a class, from any class-conditional architecture of `ditkit.models`.
 
 diffusers' own DiTPipeline is bound to ImageNet's null label and to latents of one size; here the null label
 is the model's, guidance covers the channels one asks for, and the sampler may be a diffusers scheduler or any
@@ -19,7 +19,8 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ditkit.models.dit import DiT, SiT
+from ditkit.models.base import ClassConditionalModel
+from ditkit.models.dit import SiT
 from ditkit.models.guidance import GuidedChannels, guide, guided_channels
 
 Sampler = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor], Tensor]
@@ -30,7 +31,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     """Draws pictures of given classes.
 
     Args:
-        transformer: a `DiT` or `SiT`.
+        transformer: a `ClassConditionalModel`, such as a `DiT` or `SiT`.
         scheduler: a diffusers scheduler: DDPM (with `variance_type="learned_range"` for the learned
             variance), DDIM, DPM-Solver and the like for a DiT; a flow-matching one for a SiT, or a DiT
             without variance, that was trained on velocities of the linear path from noise (t = 0) to data
@@ -42,7 +43,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
 
-    def __init__(self, transformer: DiT, scheduler: Any, vae: Any = None) -> None:
+    def __init__(self, transformer: ClassConditionalModel, scheduler: Any, vae: Any = None) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.transformer, self.scheduler, self.vae = transformer, scheduler, vae
@@ -71,8 +72,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         Args:
             class_labels: one label or several, 0..num_classes-1; None draws without a class.
             guidance_scale: 1 is no guidance, and costs half.
-            guidance_channels: how many leading channels are guided, or "all", as diffusers does. None: 3, as
-                DiT's and SiT's authors (all where there are fewer).
+            guidance_channels: how many leading channels are guided, or "all", as diffusers does. None: as the
+                model's authors, 3 for a DiT or SiT (all where there are fewer).
             num_inference_steps: steps of the scheduler; a sampler has its own.
             num_images_per_label: pictures of each label.
             height: of the pictures in pixels; by default what the model was built for.
@@ -90,7 +91,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """
         labels = self._labels(class_labels, num_images_per_label)
         if guidance_channels is None:
-            guidance_channels = min(3, self.transformer.in_channels)
+            guidance_channels = self.transformer.default_guidance()
         channels = guided_channels(guidance_channels, self.transformer.in_channels)
         guided = guidance_scale != 1 and class_labels is not None
         null = torch.full_like(labels, self.transformer.y_embedder.null_label) if guided else None
@@ -176,18 +177,17 @@ class ClassConditionalPipeline(DiffusionPipeline):
         labels = torch.as_tensor(class_labels, device=self._execution_device).flatten()
         if labels.numel() == 0 or labels.is_floating_point():
             raise ValueError(f"class_labels={class_labels!r}: expected whole numbers")
-        limit = self.transformer.y_embedder.embedding_table.num_embeddings
+        limit = self.transformer.y_embedder.num_rows
         if labels.min() < 0 or labels.max() >= limit:
             raise ValueError(f"class_labels={labels.tolist()}: the model's classes are 0 to {classes - 1}")
         return labels.repeat_interleave(repeats)
 
     def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        patch = self.transformer.x_embedder.patch_size
-        default = tuple(side * patch for side in self.transformer.grid)
+        multiple, default = self.transformer.side_multiple, self.transformer.latent_size
         sides = []
         for name, value, usual in (("height", height, default[0]), ("width", width, default[1])):
-            if value is not None and value % (self.scale * patch):
-                raise ValueError(f"{name}={value}: expected a multiple of {self.scale * patch}")
+            if value is not None and value % (self.scale * multiple):
+                raise ValueError(f"{name}={value}: expected a multiple of {self.scale * multiple}")
             sides.append(usual if value is None else value // self.scale)
         return sides[0], sides[1]
 

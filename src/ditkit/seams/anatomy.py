@@ -210,15 +210,17 @@ def bind(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
 def known() -> dict[str, Anatomy]:
     """The facts by class name."""
     from ditkit.seams.facts import FACTS
+    from ditkit.seams.facts.ours import OURS
 
-    return FACTS
+    return {**FACTS, **OURS}
 
 
 def unsupported() -> dict[str, str]:
     """Class name -> why no method runs on it, for the transformer classes of diffusers without facts."""
     from ditkit.seams.facts import UNSUPPORTED
+    from ditkit.seams.facts.ours import REFUSED
 
-    return UNSUPPORTED
+    return {**UNSUPPORTED, **REFUSED}
 
 
 def describe(model: nn.Module) -> Anatomy:

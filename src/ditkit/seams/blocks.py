@@ -5,6 +5,7 @@ B batch, L image tokens, C width.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,23 @@ class StackCache:
         raise NotImplementedError
 
 
+class OutputCache:
+    """What a method supplies to skip the whole model and answer in its place: subclass it."""
+
+    def skips(self, step: Step) -> bool:
+        """May the model be skipped in this forward?"""
+        raise NotImplementedError
+
+    def store(self, step: Step, output: Tensor) -> Tensor | None:
+        """Take the prediction that the model made, in its own shape. A tensor given back goes out in its
+        place."""
+        raise NotImplementedError
+
+    def recall(self, step: Step) -> Tensor:
+        """The prediction in a skipped forward."""
+        raise NotImplementedError
+
+
 class UnitCache:
     """What a method supplies to replace the outputs of units: subclass it."""
 
@@ -57,8 +75,9 @@ class UnitCache:
         """Which units not to run in this forward. Asked once, before the embedding."""
         raise NotImplementedError
 
-    def store(self, step: Step, unit: UnitRef, outputs: Outputs) -> None:
-        """Take the outputs of a unit that ran, as the block gets them: before its gate."""
+    def store(self, step: Step, unit: UnitRef, outputs: Outputs) -> Outputs | None:
+        """Take the outputs of a unit that ran, as the block gets them: before its gate. As many given back
+        go on in their place."""
         raise NotImplementedError
 
     def recall(self, step: Step, unit: UnitRef) -> Outputs:
@@ -96,6 +115,8 @@ class BlockSeam:
         self.units = tuple(self._list_units())
         self._stack: StackCache | None = None
         self._unit_cache: UnitCache | None = None
+        self._output: OutputCache | None = None
+        self._pattern: Any = None
         self._skips: Any = None
         self._store: Any = None
         self._recall: Any = None
@@ -144,6 +165,15 @@ class BlockSeam:
         for place, (stack, _, block) in enumerate(self._blocks):
             self._host.hooks.around(block, "block", _bound(self._run_block, place, stack))
 
+    def cache_output(self, cache: OutputCache) -> None:
+        """Let a cache answer in place of the model.
+
+        Raises:
+            ConflictError: another cache owns the blocks.
+        """
+        self._claim()
+        self._output = cache
+
     def cache_units(self, cache: UnitCache) -> None:
         """Let a cache replace the outputs of units before their gates.
 
@@ -182,6 +212,8 @@ class BlockSeam:
         self._parts.clear()
         if self._stack is not None and self._stack.after == 0:
             self._skipping = self._stack.skips(step, None)
+        if self._output is not None:
+            self._skipping = self._output.skips(step)
         if self._unit_cache is not None:
             self._replaced = tuple(self._unit_cache.replaced(step, self.units))
 
@@ -189,15 +221,32 @@ class BlockSeam:
         """The forward has ended. Returns whether any unit or block that a cache could skip was computed."""
         self._open = False
         self._parts.clear()
-        if self._stack is not None:
+        if self._stack is not None or self._output is not None:
             return not self._skipping
         return not self._replaced or not all(self._replaced)
+
+    def around_model(self, forward: Forward) -> Forward:
+        """The model's forward, or what answers in its place."""
+        cache = self._output
+        if cache is None:
+            return forward
+
+        def answer(*args: Any, **kwargs: Any) -> Any:
+            step = self._host.clock.step
+            if self._skipping:
+                return _like(self._pattern, cache.recall(step))
+            output = forward(*args, **kwargs)
+            instead = cache.store(step, output if isinstance(output, Tensor) else output[0])
+            self._pattern = _like(output, None)
+            return output if instead is None else _like(output, instead)
+
+        return answer
 
     def _mode(self) -> Hashable:
         return (self._skipping, self._replaced)
 
     def _claim(self) -> None:
-        if self._stack is not None or self._unit_cache is not None:
+        if any(cache is not None for cache in (self._stack, self._unit_cache, self._output)):
             raise ConflictError("the blocks of this model already belong to a cache; only one can own them")
 
     # Skipping blocks.
@@ -265,8 +314,10 @@ class BlockSeam:
             outputs = self._recall(step, unit)
             return outputs[0] if len(outputs) == 1 else outputs
         output = forward(*args, **kwargs)
-        self._store(step, unit, (output,) if isinstance(output, Tensor) else tuple(output))
-        return output
+        instead = self._store(step, unit, (output,) if isinstance(output, Tensor) else tuple(output))
+        if instead is None:
+            return output
+        return instead[0] if isinstance(output, Tensor) else instead
 
     def _run_shared(
         self, step: Step, unit: UnitRef, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -280,7 +331,12 @@ class BlockSeam:
         output = forward(*args, **kwargs)
         parts.append(output)
         if len(parts) == unit.calls:
-            self._store(step, unit, tuple(self._parts.pop(unit.index)))
+            instead = self._store(step, unit, tuple(self._parts.pop(unit.index)))
+            if instead is not None:
+                raise SeamError(
+                    f"{unit.name} is called {unit.calls} times in a forward: its outputs can be replaced, "
+                    "not mixed with others"
+                )
         return output
 
     @torch.compiler.disable(recursive=False)
@@ -360,6 +416,15 @@ def _argument(stack: Stack, name: str, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _hidden(stack: Stack, output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[stack.returns.index("hidden_states")]
+
+
+def _like(result: Any, prediction: Tensor | None) -> Any:
+    """What a model returns, a tensor, a tuple or diffusers' output object, with another prediction."""
+    if isinstance(result, tuple):
+        return (prediction, *result[1:])
+    if dataclasses.is_dataclass(result) and not isinstance(result, type):
+        return dataclasses.replace(result, **{dataclasses.fields(result)[0].name: prediction})
+    return prediction
 
 
 def _exchanged(stack: Stack, output: Any, hidden: Tensor) -> Any:

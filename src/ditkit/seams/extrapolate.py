@@ -71,7 +71,7 @@ class Trajectory:
             order: highest difference to take now, if lower than the trajectory's.
         """
         self._given = value.dtype
-        latest = _owned(value.detach().to(self._dtype or value.dtype))
+        latest = owned(value.detach().to(self._dtype or value.dtype))
         if self.factors and self.factors[0].shape != latest.shape:
             self.factors, self._samples = [], []
         highest = self.order if order is None else min(order, self.order)
@@ -82,10 +82,16 @@ class Trajectory:
         self.factors = factors
         self._samples = [x, *self._samples][: self.order + 1]
 
-    def at(self, x: float) -> Tensor:
-        """The forecast at x, in the dtype of the values. At order 0 the stored tensor: don't write to it."""
+    def at(self, x: float, order: int | None = None) -> Tensor:
+        """The forecast at x, in the dtype of the values. At order 0 the stored tensor: don't write to it.
+
+        Args:
+            order: highest difference to use, if lower than those there are.
+        """
         forecast = self.factors[0]
         weights = self._weights(x)
+        if order is not None:
+            weights = weights[: order + 1]
         for i in range(1, len(weights)):
             if i == 1:
                 forecast = torch.add(forecast, self.factors[1], alpha=weights[1])
@@ -111,7 +117,7 @@ class Trajectory:
         )
 
 
-def _owned(value: Tensor) -> Tensor:
+def owned(value: Tensor) -> Tensor:
     """The tensor, copied when it is part of a larger one that it would keep alive."""
     return value.clone() if value.untyped_storage().nbytes() > value.nbytes else value
 

@@ -218,7 +218,7 @@ class Host:
             if "attention" in vars(self):
                 self.attention.begin()
             shapes = _shapes(arguments)
-            output = self._counted(forward, args, kwargs, shapes)
+            output = self._counted(self.blocks.around_model(forward), args, kwargs, shapes)
             for finisher in self._finishers:
                 output = _exchanged(output, finisher(step, _sample(output)))
         except BaseException:

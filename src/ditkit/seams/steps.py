@@ -34,6 +34,8 @@ class Step:
             `"uncond"`), else the ordinal of the call within the step: `"0"`, `"1"`, ...
         generation: rises with each new generation.
         sigma: the scheduler's noise level at this step, None when there is none.
+        euler_to: the noise level that the scheduler's step leads to, if it is an Euler step in it, i.e.
+            x(euler_to) = x(sigma) + (euler_to - sigma) x the transformer's prediction; else None.
     """
 
     index: int
@@ -42,6 +44,7 @@ class Step:
     branch: str
     generation: int
     sigma: float | None = None
+    euler_to: float | None = None
 
     def at(self, coordinate: Coordinate) -> float:
         """Where the step lies: its index, or its noise level, for which the timestep stands in where the
@@ -87,6 +90,7 @@ class StepClock:
         self._direction = 0
         self._times: list[float] = []
         self._sigmas: list[float] = []
+        self._euler = False
         self._calls: Counter[str] = Counter()
         self._shapes: dict[str, tuple[Any, ...]] = {}
         self._sample: Tensor | None = None
@@ -175,7 +179,7 @@ class StepClock:
     def _read_schedule(self, timestep: float) -> None:
         """Timesteps, noise levels and the place of the first step in them (img2img starts midway)."""
         scheduler = self._scheduler
-        self._times, self._sigmas, self._first = [], [], 0
+        self._times, self._sigmas, self._first, self._euler = [], [], 0, False
         times = getattr(scheduler, "timesteps", None)
         if not self._scheduled or times is None:
             return
@@ -183,6 +187,7 @@ class StepClock:
         sigmas = getattr(scheduler, "sigmas", None)
         if sigmas is not None and len(sigmas) >= len(self._times):
             self._sigmas = [float(sigma) for sigma in torch.as_tensor(sigmas).flatten().tolist()]
+        self._euler = _is_euler(scheduler)
         begin = getattr(scheduler, "begin_index", None)
         self._first = int(begin) if begin else self._find(timestep)
 
@@ -240,6 +245,7 @@ class StepClock:
             branch=branch,
             generation=self._generation,
             sigma=self._sigmas[place] if place < len(self._sigmas) else None,
+            euler_to=self._sigmas[place + 1] if self._euler and place + 1 < len(self._sigmas) else None,
         )
         return self._step
 
@@ -282,6 +288,14 @@ class StepClock:
     def _advance(self, timestep: float) -> None:
         self._index += max(1, self._steps_taken - self._steps_seen)
         self._calls.clear()
+
+
+def _is_euler(scheduler: Any) -> bool:
+    """Is a step of the scheduler x + (next sigma - sigma) x prediction, without noise?"""
+    config, name = getattr(scheduler, "config", {}), type(scheduler).__name__
+    if name == "FlowMatchEulerDiscreteScheduler":
+        return not config.get("stochastic_sampling", False)
+    return name == "EulerDiscreteScheduler" and config.get("prediction_type") == "epsilon"
 
 
 def _largest(timestep: Any) -> float:

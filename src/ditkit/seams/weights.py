@@ -63,10 +63,20 @@ def heads_of(module: nn.Module) -> tuple[int, int]:
     Raises:
         SeamError: it does not tell.
     """
-    heads = int(getattr(module, "heads", 0) or getattr(module, "num_heads", 0))
-    projections = {"to_q": 1, "q_proj": 1, "to_qkv": 3, "qkv": 3}
-    for name, parts in projections.items():
-        projection = getattr(module, name, None)
-        if heads and isinstance(projection, nn.Linear):
-            return heads, projection.out_features // (parts * heads)
+    heads = _first(module, ("heads", "num_heads", "num_attention_heads", "n_heads"))
+    if heads:
+        width = _first(module, ("head_dim", "dim_head", "attention_head_dim"))
+        if width:
+            return heads, width
+        projections = {"to_q": 1, "q_proj": 1, "to_query": 1, "to_qkv": 3, "qkv": 3}
+        for name, parts in projections.items():
+            projection = getattr(module, name, None)
+            if isinstance(projection, nn.Linear):
+                return heads, projection.out_features // (parts * heads)
     raise SeamError(f"{type(module).__name__} does not tell how many heads it has and how wide they are")
+
+
+def _first(module: nn.Module, names: tuple[str, ...]) -> int:
+    """The first attribute that is a number above zero; 0 when there is none."""
+    values = (getattr(module, name, 0) for name in names)
+    return next((value for value in values if isinstance(value, int) and value > 0), 0)

@@ -88,6 +88,10 @@ class BatchNoise:
         """Uniform numbers in [0, 1), `(rows, *shape)`."""
         return torch.rand(self._batch_size, *shape, generator=self._generator)[self._rows].to(self._device)
 
+    def shared(self) -> float:
+        """One uniform number in [0, 1), the same for every row of the batch."""
+        return float(torch.rand((), generator=self._generator))
+
 
 def split_rows(batch_size: int, parts: int) -> Iterator[torch.Tensor]:
     """The rows of a batch in `parts` equal, contiguous pieces."""

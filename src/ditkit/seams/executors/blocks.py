@@ -87,24 +87,25 @@ def sides(text: str) -> tuple[int, int, int]:
     return (frames[0] if frames else 1), height, width
 
 
-def sides_option(name: str, value: tuple[int, int, int] | str | None) -> tuple[int, int, int] | None:
+def sides_option(name: str, value: tuple[int, ...] | str | None) -> tuple[int, int, int] | None:
     """An option that takes sizes as numbers or as text, checked.
 
     Raises:
         ValueError: with the option's name.
     """
+    if value is None:
+        return None
     try:
-        found = sides(value) if isinstance(value, str) else value
+        found = sides(value) if isinstance(value, str) else tuple(value)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    if found is None:
-        return None
-    found = (1, *found) if len(found) == 2 else tuple(found)
-    if len(found) != 3 or any(isinstance(x, bool) or not isinstance(x, int) or x < 1 for x in found):
-        raise ValueError(
-            f"{name} must be three whole numbers of at least 1 (frames, height, width); got {value!r}"
-        )
-    return found
+    if any(isinstance(size, bool) or not isinstance(size, int) or size < 1 for size in found):
+        raise ValueError(f"{name} must be whole numbers of at least 1; got {value!r}")
+    if len(found) == 2:
+        return 1, found[0], found[1]
+    if len(found) != 3:
+        raise ValueError(f"{name} must be two or three sizes (frames, height, width); got {value!r}")
+    return found[0], found[1], found[2]
 
 
 def tile_grid(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -223,24 +223,8 @@ class WindowPlan:
         return gather_windows_with_lse(q, k, v, self.windows, self.layout, keys=keys, scale=scale)
 
 
-class StaticMask(Protocol):
-    """A mask that does not depend on the data, ready to run: `BlockPlan` and `WindowPlan`."""
-
-    @property
-    def share(self) -> float: ...
-
-    @property
-    def mask(self) -> Tensor: ...
-
-    def prepare(self, device: torch.device) -> Choice: ...
-
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
-    ) -> Tensor: ...
-
-    def attend_with_lse(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None
-    ) -> tuple[Tensor, Tensor]: ...
+# A mask that does not depend on the data, ready to run.
+StaticMask = BlockPlan | WindowPlan
 
 
 def in_words(what: str, layout: TokenLayout, share: float, choice: Choice) -> str:

@@ -40,7 +40,9 @@ def attention_with_lse(
             bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf"))
         # The kernel behind scaled_dot_product_attention on CPU has the log-sum-exp already. It takes for
         # granted that the last dimension is packed.
-        q, k, v, bias = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, bias))
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        if bias is not None and bias.stride(-1) != 1:
+            bias = bias.contiguous()
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = kernel(q, k, v, 0.0, False, attn_mask=bias, scale=scale)
     if mask is None:

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from ditkit.seams.anatomy import Anatomy, Attention, Stack, Unit
+from ditkit.seams.anatomy import Anatomy, Attention, Seam, Stack, Unit
 from ditkit.seams.facts.grids import patched_2d, patched_3d
 
-_UNFIT = {
+_UNFIT: dict[Seam, str] = {
     "attention": "its self-attention is linear: there are no pairs of tokens to leave out",
     "tokens": "its feed-forward convolves over the whole grid of tokens",
 }
 _BLOCKS = Stack(
     path="transformer_blocks",
-    arguments=("hidden_states", "attention_mask", "encoder_hidden_states"),
+    arguments=(
+        "hidden_states",
+        "attention_mask",
+        "encoder_hidden_states",
+        "encoder_attention_mask",
+        "timestep",
+    ),
     # The norm before the feed-forward runs at every step: what follows folds the tokens into the grid.
     units=(Unit("attn1", bypass=("norm1",)), Unit("attn2"), Unit("ff")),
     attention=(Attention("attn1", "self"), Attention("attn2", "cross")),
+    # Image to video gives every token its own timestep.
+    per_token={"timestep": lambda timestep: timestep.ndim == 3 and timestep.shape[1] > 1},
 )
 
 _SANA = Anatomy(

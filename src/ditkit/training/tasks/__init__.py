@@ -11,6 +11,9 @@ _HOMES = {
     "autoencoder": "ditkit.training.tasks.autoencoder:AutoencoderTask",
     "text-encoders": "ditkit.training.tasks.text_encoders:TextEncodersTask",
     "text-to-image": "ditkit.training.tasks.text_to_image:TextToImageTask",
+    "video-autoencoder": "ditkit.training.tasks.video_autoencoder:VideoAutoencoderTask",
+    "video-text-encoder": "ditkit.training.tasks.video_text_encoder:VideoTextEncoderTask",
+    "text-to-video": "ditkit.training.tasks.text_to_video:TextToVideoTask",
     "class-to-image": "ditkit.training.tasks.class_to_image:ClassToImageTask",
 }
 

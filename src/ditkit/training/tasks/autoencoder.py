@@ -30,6 +30,26 @@ class AutoencoderOptions(TaskOptions):
     kl_weight: float = 1e-6
 
 
+def restoration_losses(
+    restored: torch.Tensor,
+    pixels: torch.Tensor,
+    moments: Any,
+    options: AutoencoderOptions,
+    weight: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """The loss of restored pixels, with the L1 and L2 terms weighted by `weight` (mean 1 after scaling).
+
+    `moments` is the encoder's distribution; `"mse"` is without the weight.
+    """
+    difference = restored.float() - pixels
+    weight = torch.ones(()) if weight is None else weight / weight.mean()
+    l1, l2 = (weight * difference.abs()).mean(), (weight * difference.square()).mean()
+    mean, logvar = moments.mean.float(), moments.logvar.float()
+    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+    loss = l1 + options.l2_weight * l2 + options.kl_weight * kl
+    return {"loss": loss, "mse": difference.square().mean(), "kl": kl}
+
+
 class AutoencoderTask(Task):
     Options = AutoencoderOptions
     autoencoder: Any
@@ -51,11 +71,8 @@ class AutoencoderTask(Task):
         images = self._images(self.pictures, indices.cpu().numpy())  # (B, 3, H, W)
         moments = self.autoencoder.encode(images).latent_dist
         latents = moments.mean + moments.std * noise.normal(*moments.mean.shape[1:])
-        restored = self.autoencoder.decode(latents).sample.float()
-        l1, l2 = (restored - images).abs().mean(), F.mse_loss(restored, images)
-        mean, logvar = moments.mean.float(), moments.logvar.float()
-        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        return {"loss": l1 + self.options.l2_weight * l2 + self.options.kl_weight * kl, "mse": l2, "kl": kl}
+        restored = self.autoencoder.decode(latents).sample
+        return restoration_losses(restored, images, moments, self.options)
 
     def _images(self, pictures: Any, indices: Any) -> torch.Tensor:
         device = next(self.autoencoder.parameters()).device

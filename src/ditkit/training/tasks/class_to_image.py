@@ -25,6 +25,7 @@ from ditkit.processes.transport_sampling import sample_ode
 from ditkit.training.config import ConfigError
 from ditkit.training.order import BatchNoise, mix
 from ditkit.training.tasks.base import Task, TaskOptions
+from ditkit.training.tasks.latents import decode_pictures, encode_pictures
 
 
 class ClassToImageOptions(TaskOptions):
@@ -81,9 +82,7 @@ class ClassToImageTask(Task):
         for chunk in torch.arange(len(pictures)).split(64):
             images = pictures.images(chunk.numpy())
             if self.autoencoder is not None:
-                config = self.autoencoder.config
-                latents = self.autoencoder.encode(images).latent_dist.mean
-                images = (latents - (config.shift_factor or 0.0)) * config.scaling_factor
+                images = encode_pictures(self.autoencoder, images)
             elif self.options.pixels:
                 images = F.interpolate(images, size=self.options.pixels, mode="area")
             parts.append(images)
@@ -142,10 +141,7 @@ class ClassToImageTask(Task):
                 self.transport, network, start, method="euler", points=self.options.preview_steps + 1
             )[-1]
         if self.autoencoder is not None:
-            config = self.autoencoder.config
-            images = self.autoencoder.decode(
-                images / config.scaling_factor + (config.shift_factor or 0.0)
-            ).sample
+            images = decode_pictures(self.autoencoder, images)
         return grid(images, columns=8)
 
     def export(self, folder: Path) -> None:

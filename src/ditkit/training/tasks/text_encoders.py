@@ -11,6 +11,7 @@ CLIP predicts from its pooled output (the state at `</s>`), T5 from the mean of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,24 @@ from ditkit.data.pictures import open_pictures, periods
 from ditkit.data.words import END, PAD, word_tokenizer
 from ditkit.training.order import BatchNoise
 from ditkit.training.tasks.base import Task, TaskOptions
+
+
+def principal_components(pixels: torch.Tensor, components: int) -> torch.Tensor:
+    """(N, components) scores of pixels (N, P), each divided by the square root of its deviation."""
+    centred = pixels - pixels.mean(0)
+    if len(centred) < centred.shape[1]:  # the smaller of the two Gram matrices has the same scores
+        values, directions = torch.linalg.eigh(centred @ centred.T)
+        scores = directions.flip(1) * values.flip(0).clamp_min(0).sqrt()
+    else:
+        _, directions = torch.linalg.eigh(centred.T @ centred)
+        scores = centred @ directions.flip(1)
+    scores = scores[:, :components]
+    return scores / scores.std(0).clamp_min(1e-6).sqrt()
+
+
+def tokenize(tokenizer: Any, captions: Sequence[str]) -> torch.Tensor:
+    """Ids (N, T), padded to the tokenizer's own length."""
+    return tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 class TextEncodersOptions(TaskOptions):
@@ -63,14 +82,7 @@ class TextEncodersTask(Task):
         self.register_buffer("targets", self._principal_components(), persistent=False)
 
     def _tokenize(self) -> torch.Tensor:
-        length = self.options.max_length
-        return self.tokenizer(
-            list(self.pictures.captions),
-            padding="max_length",
-            max_length=length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids  # (N, T)
+        return tokenize(self.tokenizer, self.pictures.captions)
 
     def _principal_components(self) -> torch.Tensor:
         """(N, components) features of every picture."""
@@ -82,10 +94,7 @@ class TextEncodersTask(Task):
                 for c in chunks
             ]
         )
-        centred = pixels - pixels.mean(0)
-        _, directions = torch.linalg.eigh(centred.T @ centred)
-        scores = centred @ directions.flip(1)[:, : self.options.components]
-        return scores / scores.std(0).clamp_min(1e-6).sqrt()
+        return principal_components(pixels, self.options.components)
 
     @property
     def sample_count(self) -> int:

@@ -1,42 +1,29 @@
 """Train a Flux transformer with flow matching on the latents of captioned pictures.
 
-x_sigma = (1 - sigma) x0 + sigma eps, target velocity eps - x0, loss mean squared error in float32, sigma
-logit-normal. Captions are dropped with probability `caption_dropout` (classifier-free guidance). The text
-encoders of an earlier stage may train along. The export is a whole `FluxPipeline` folder.
+The text encoders of an earlier stage may train along. The export is a whole `FluxPipeline` folder.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from PIL import Image
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
 from ditkit.data.pictures import grid, open_pictures, periods
 from ditkit.training.order import BatchNoise
-from ditkit.training.tasks.base import Task, TaskOptions
+from ditkit.training.tasks.flow_matching import FlowMatchingOptions, FlowMatchingTask, initialise, zero
+from ditkit.training.tasks.latents import encode_pictures
+from ditkit.training.tasks.text_encoders import tokenize
 
 
-class TextToImageOptions(TaskOptions):
-    """`preview`: captions of the sample grids; `storage`: dtype of the exported weights."""
-
-    autoencoder: str = "autoencoder"
+class TextToImageOptions(FlowMatchingOptions):
     text_encoders: str = "text_encoders"
-    train_text_encoders: bool = True
-    transformer: dict[str, Any]
-    caption_dropout: float = 0.1
-    sigma_mean: float = 0.0
-    sigma_std: float = 1.0
-    preview: list[str] = []
-    preview_steps: int = 28
-    storage: str = "float16"
 
 
-class TextToImageTask(Task):
+class TextToImageTask(FlowMatchingTask):
     Options = TextToImageOptions
     autoencoder: Any
     transformer: Any
@@ -44,7 +31,6 @@ class TextToImageTask(Task):
     text_encoder_2: Any
     latents: torch.Tensor
     tokens: torch.Tensor
-    no_tokens: torch.Tensor
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -65,11 +51,13 @@ class TextToImageTask(Task):
             pooled_projection_dim=self.text_encoder.config.hidden_size,
             **options.transformer,
         )
-        initialise(self.transformer)
+        _initialise(self.transformer)
         self.pictures = open_pictures(self.run.data)
         self.register_buffer("latents", self._encode(self.pictures), persistent=False)  # (N, L, 4C)
-        self.register_buffer("tokens", self._tokenize(self.pictures.captions), persistent=False)  # (N, T)
-        self.register_buffer("no_tokens", self._tokenize([""])[0], persistent=False)  # (T,)
+        self.register_buffer(
+            "tokens", tokenize(self.tokenizer, self.pictures.captions), persistent=False
+        )  # (N, T)
+        self.register_buffer("no_tokens", tokenize(self.tokenizer, [""])[0], persistent=False)  # (T,)
         side = self.run.data.size // self._downscale() // 2
         image_ids = torch.zeros(side, side, 3)
         image_ids[..., 1] = torch.arange(side)[:, None]
@@ -80,19 +68,11 @@ class TextToImageTask(Task):
     def _downscale(self) -> int:
         return 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
 
-    def _tokenize(self, captions: list[str]) -> torch.Tensor:
-        return self.tokenizer(
-            list(captions), padding="max_length", truncation=True, return_tensors="pt"
-        ).input_ids  # (N, T)
-
-    @torch.no_grad()
     def _encode(self, pictures: Any) -> torch.Tensor:
         """Packed latents (N, H/2 W/2, 4C) of every picture, as `FluxPipeline` packs them."""
-        scale, shift = self.autoencoder.config.scaling_factor, self.autoencoder.config.shift_factor or 0.0
         packed = []
         for chunk in torch.arange(len(pictures)).split(64):
-            latents = self.autoencoder.encode(pictures.images(chunk.numpy())).latent_dist.mean
-            latents = (latents - shift) * scale
+            latents = encode_pictures(self.autoencoder, pictures.images(chunk.numpy()))
             packed.append(FluxPipeline._pack_latents(latents, *latents.shape))
         return torch.cat(packed)
 
@@ -104,19 +84,9 @@ class TextToImageTask(Task):
         return periods(self.run.data, self.pictures)
 
     def forward(self, indices: torch.Tensor, noise: BatchNoise) -> dict[str, torch.Tensor]:
-        return {"loss": self._loss(self.latents[indices], self.tokens[indices], noise)}
+        return {"loss": self.flow_loss(self.latents[indices], self.tokens[indices], noise)}
 
-    def _loss(self, clean: torch.Tensor, tokens: torch.Tensor, noise: BatchNoise) -> torch.Tensor:
-        options = self.options
-        epsilon = noise.normal(*clean.shape[1:])  # (B, L, 4C)
-        sigma = torch.sigmoid(options.sigma_mean + options.sigma_std * noise.normal())  # (B,)
-        dropped = noise.uniform() < options.caption_dropout  # (B,)
-        tokens = torch.where(dropped[:, None], self.no_tokens, tokens)
-        noisy = clean + sigma[:, None, None] * (epsilon - clean)
-        velocity = self._velocity(noisy, sigma, tokens)
-        return F.mse_loss(velocity.float(), epsilon - clean)
-
-    def _velocity(self, noisy: torch.Tensor, sigma: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def velocity(self, noisy: torch.Tensor, sigma: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         return self.transformer(
             hidden_states=noisy,
             timestep=sigma,
@@ -131,8 +101,8 @@ class TextToImageTask(Task):
         pictures = open_pictures(self.run.data, "heldout")
         rows = torch.arange(len(pictures))
         noise = BatchNoise(self.run.seed, 0, len(pictures), rows, self.latents.device)
-        clean, tokens = self._encode(pictures), self._tokenize(pictures.captions)
-        return {"loss": float(self._loss(clean, tokens, noise))}
+        clean, tokens = self._encode(pictures), tokenize(self.tokenizer, pictures.captions)
+        return {"loss": float(self.flow_loss(clean, tokens, noise))}
 
     def pipeline(self) -> FluxPipeline:
         """A `FluxPipeline` over this task's modules."""
@@ -162,25 +132,11 @@ class TextToImageTask(Task):
         ).images
         return grid(images * 2 - 1, columns=8)
 
-    def export(self, folder: Path) -> None:
-        dtype = getattr(torch, self.options.storage)
-        pipe = self.pipeline()
-        pipe.to(dtype)
-        pipe.save_pretrained(folder)
-        pipe.to(torch.float32)
 
-
-def initialise(transformer: FluxTransformer2DModel) -> None:
-    """Xavier-uniform matrices, zero biases; modulations and last projection start at zero (adaLN-Zero)."""
-    for module in transformer.modules():
-        if isinstance(module, torch.nn.Linear):
-            torch.nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                torch.nn.init.zeros_(module.bias)
+def _initialise(transformer: FluxTransformer2DModel) -> None:
+    initialise(transformer)
     blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
     norms = [
         getattr(b, name) for b in blocks for name in ("norm", "norm1", "norm1_context") if hasattr(b, name)
     ]
-    for layer in [*(norm.linear for norm in norms), transformer.norm_out.linear, transformer.proj_out]:
-        torch.nn.init.zeros_(layer.weight)
-        torch.nn.init.zeros_(layer.bias)
+    zero(*(norm.linear for norm in norms), transformer.norm_out.linear, transformer.proj_out)

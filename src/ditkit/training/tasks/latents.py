@@ -1,0 +1,52 @@
+"""Between pixels and the standardised latents that a transformer sees.
+
+Legend: B pictures or clips, C latent channels, F latent frames, H, W latent height and width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+@torch.no_grad()
+def encode_pictures(autoencoder: Any, images: torch.Tensor) -> torch.Tensor:
+    """Pictures (B, 3, H', W') in [-1, 1] -> latents (B, C, H, W), scaled as the config says."""
+    config = autoencoder.config
+    latents = autoencoder.encode(images).latent_dist.mean
+    return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
+
+
+@torch.no_grad()
+def decode_pictures(autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
+    """The inverse of `encode_pictures`."""
+    config = autoencoder.config
+    return autoencoder.decode(latents / config.scaling_factor + (config.shift_factor or 0.0)).sample
+
+
+@torch.no_grad()
+def encode_video(autoencoder: Any, video: torch.Tensor) -> torch.Tensor:
+    """Clips (B, 3, F', H', W') in [-1, 1] -> latents (B, C, F, H, W), each channel standardised.
+
+    The autoencoder is an `AutoencoderKLWan`; its causal convolutions make the first latents of a clip those
+    of the clip's beginning alone.
+    """
+    mean, std = _statistics(autoencoder)
+    return (autoencoder.encode(video).latent_dist.mean - mean) / std
+
+
+@torch.no_grad()
+def decode_video(autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
+    """The inverse of `encode_video`, clipped to [-1, 1]."""
+    mean, std = _statistics(autoencoder)
+    return autoencoder.decode(latents * std + mean).sample
+
+
+def _statistics(autoencoder: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation of each channel, (C, 1, 1, 1)."""
+    config, like = autoencoder.config, next(autoencoder.parameters())
+    mean, std = (
+        torch.tensor(v).to(like).view(-1, 1, 1, 1) for v in (config.latents_mean, config.latents_std)
+    )
+    return mean, std

@@ -1,0 +1,228 @@
+"""Train a Wan transformer with flow matching on the latents of captioned clips.
+
+The text encoder of an earlier stage may train along. Steps of single frames and of whole clips alternate as
+`windows` says; a single frame is the beginning of a clip, with the clip's caption. The latents are encoded
+once and kept beside the autoencoder. The export is a whole `WanPipeline` folder.
+
+Steps of thinned clips see some latent frames of each clip, drawn for the step, at their own places in time:
+the same motion in a third of the tokens, and so three times the clips.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from PIL import Image
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from ditkit.data.clips import open_clips
+from ditkit.data.emoji_motion import EmojiMotion, videos
+from ditkit.data.pictures import grid
+from ditkit.files import whole_file, write_text
+from ditkit.hub import CALL_FILE
+from ditkit.training.order import BatchNoise
+from ditkit.training.tasks.flow_matching import FlowMatchingOptions, FlowMatchingTask, initialise, zero
+from ditkit.training.tasks.latents import encode_video
+from ditkit.training.tasks.text_encoders import tokenize
+from ditkit.training.tasks.windows import Windows
+
+HELD_OUT = 32
+GUIDANCE = 2.0
+
+
+class TextToVideoOptions(FlowMatchingOptions):
+    """`clips`: how many are encoded; `start`: an earlier stage of this task to continue from, else fresh
+    weights; `thinned`: share of the steps of whole clips that see only `thinned_frames` of their latent
+    frames; `shift`: of the sampling times, towards the noisy end."""
+
+    text_encoder: str = "text_encoder"
+    start: str | None = None
+    clips: int = Field(default=1000, ge=1)
+    windows: Windows = Windows()
+    thinned: float = Field(default=0.0, ge=0, le=1)
+    thinned_frames: int = Field(default=3, ge=1)
+    shift: float = Field(default=1.0, gt=0)
+
+
+class TextToVideoTask(FlowMatchingTask):
+    Options = TextToVideoOptions
+    autoencoder: Any
+    transformer: Any
+    text_encoder: Any
+    latents: torch.Tensor
+    tokens: torch.Tensor
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        options = self.options
+        texts = self.stage_folder(options.start or options.text_encoder)
+        self.tokenizer = AutoTokenizer.from_pretrained(texts / "tokenizer")
+        self.text_encoder = UMT5EncoderModel.from_pretrained(texts / "text_encoder", dtype=torch.float32)
+        self.text_encoder.requires_grad_(options.train_text_encoders)
+        coder = self.stage_folder(options.autoencoder)
+        self.autoencoder = AutoencoderKLWan.from_pretrained(coder).requires_grad_(False)
+        self.autoencoder.register_to_config(_name_or_path="")
+        self.transformer = self._transformer()
+        self.transformer.rope.forward = partial(self._rotary, self.transformer.rope.forward)
+        self._places: list[int] | None = (
+            None  # of the latent frames that the transformer sees; None: from 0 on
+        )
+        self.clips = open_clips(self.run.data, self.run.seed)
+        self.frames = max(options.windows.lengths)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.run.precision == "bf16"):
+            latents = kept_latents(self.autoencoder, self.clips, options.clips, self.frames, coder.parent)
+        self.register_buffer("latents", latents, persistent=False)  # (N, C, F, H, W) bfloat16
+        captions = [self.clips.scene(i)[2] for i in range(options.clips)]
+        self.register_buffer("tokens", tokenize(self.tokenizer, captions), persistent=False)  # (N, T)
+        self.register_buffer("no_tokens", tokenize(self.tokenizer, [""])[0], persistent=False)  # (T,)
+
+    def _transformer(self) -> Any:
+        options, channels = self.options, self.autoencoder.config.z_dim
+        if options.start is not None:
+            folder = self.stage_folder(options.start) / "transformer"
+            transformer = WanTransformer3DModel.from_pretrained(folder, dtype=torch.float32)
+            transformer.register_to_config(_name_or_path="")  # no folder of a run in what it exports
+            return transformer
+        transformer = WanTransformer3DModel(
+            in_channels=channels,
+            out_channels=channels,
+            text_dim=self.text_encoder.config.d_model,
+            **options.transformer,
+        )
+        _initialise(transformer)
+        return transformer
+
+    @property
+    def sample_count(self) -> int:
+        return len(self.latents)
+
+    def forward(self, indices: torch.Tensor, noise: BatchNoise) -> dict[str, torch.Tensor]:
+        frames = self.options.windows.length(noise.shared())
+        places = list(range(self._latent_frames(frames)))
+        if frames == self.frames and noise.shared() < self.options.thinned:
+            drawn = torch.tensor([noise.shared() for _ in places]).argsort()[: self.options.thinned_frames]
+            places = sorted(drawn.tolist())
+            frames = (len(places) - 1) * self.autoencoder.config.scale_factor_temporal + 1
+        rows = max(1, len(indices) // frames)
+        latents = self.latents[indices[:rows]][:, :, places].float()
+        self._places = places
+        try:
+            return {"loss": self.flow_loss(latents, self.tokens[indices[:rows]], noise, rows)}
+        finally:
+            self._places = None
+
+    def _rotary(self, rotary: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The transformer's rotary factors (1, F H W, 1, D), for frames at other places than 0, 1, 2, ..."""
+        if self._places is None:
+            return rotary(hidden_states)
+        last = self._places[-1] + 1
+        full = rotary(hidden_states[:, :, :1].expand(-1, -1, last, -1, -1))
+        cos, sin = (part.unflatten(1, (last, -1))[:, self._places].flatten(1, 2) for part in full)
+        return cos, sin
+
+    def _latent_frames(self, frames: int) -> int:
+        return (frames - 1) // self.autoencoder.config.scale_factor_temporal + 1
+
+    def velocity(self, noisy: torch.Tensor, sigma: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        mask = tokens != self.text_encoder.config.pad_token_id  # (B, T)
+        states = self.text_encoder(tokens, mask.long()).last_hidden_state
+        return self.transformer(
+            hidden_states=noisy,
+            timestep=1000 * sigma,
+            encoder_hidden_states=states * mask[..., None],  # as WanPipeline: nothing after the end
+            return_dict=False,
+        )[0]
+
+    def heldout_loss(self) -> dict[str, float]:
+        """Clips of another seed: the same objects at other places."""
+        clips = open_clips(self.run.data, self.run.seed + 1)
+        device = self.latents.device
+        clean = _encode(self.autoencoder, clips, range(HELD_OUT), self.frames).to(device)
+        tokens = tokenize(self.tokenizer, [clips.scene(i)[2] for i in range(HELD_OUT)]).to(device)
+        noise = BatchNoise(self.run.seed, 0, HELD_OUT, torch.arange(HELD_OUT), device)
+        return {"loss": float(self.flow_loss(clean, tokens, noise))}
+
+    def pipeline(self) -> WanPipeline:
+        """A `WanPipeline` over this task's modules."""
+        return WanPipeline(
+            tokenizer=self.tokenizer,
+            text_encoder=self.text_encoder,
+            vae=self.autoencoder,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=self.options.shift),
+            transformer=self.transformer,
+        )
+
+    def export(self, folder: Path) -> None:
+        super().export(folder)
+        size = self.run.data.size
+        call = {"height": size, "width": size, "num_frames": self.frames, "guidance_scale": GUIDANCE}
+        write_text(folder / CALL_FILE, json.dumps(call) + "\n")
+
+    def draw(self) -> Image.Image | None:
+        """One row a caption: every other frame."""
+        if not self.options.preview:
+            return None
+        pipe: Any = self.pipeline()
+        pipe.set_progress_bar_config(disable=True)
+        frames = pipe(
+            self.options.preview,
+            height=self.run.data.size,
+            width=self.run.data.size,
+            num_frames=self.frames,
+            num_inference_steps=self.options.preview_steps,
+            guidance_scale=GUIDANCE,
+            max_sequence_length=self.tokenizer.model_max_length,
+            generator=[torch.Generator().manual_seed(i) for i in range(len(self.options.preview))],
+            output_type="pt",
+        ).frames[:, ::2]  # (B, F / 2, 3, H, W) in [0, 1]
+        return grid(frames.flatten(0, 1) * 2 - 1, columns=frames.shape[1])
+
+
+def kept_latents(autoencoder: Any, clips: EmojiMotion, count: int, frames: int, folder: Path) -> torch.Tensor:
+    """Latents (count, C, F, H, W) of the first clips, bfloat16; from `folder` when they were made before.
+
+    Args:
+        frames: how many frames of each clip, from its beginning.
+    """
+    facts = [count, frames, clips.seed, clips.size, clips.config.model_dump(mode="json")]
+    name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    file = folder / f"latents-{name}.safetensors"
+    if file.is_file():
+        return load_file(file)["latents"]
+    latents = _encode(autoencoder, clips, range(count), frames).bfloat16()
+    with whole_file(file) as part:
+        save_file({"latents": latents}, part)
+    return latents
+
+
+def _encode(autoencoder: Any, clips: EmojiMotion, indices: range, frames: int) -> torch.Tensor:
+    device = next(autoencoder.parameters()).device
+    batch = max(1, 32 // frames)
+    parts = []
+    for first in tqdm(indices[::batch], desc="encoding clips", delay=5, mininterval=5):
+        video = videos([clips.clip(i) for i in range(first, min(first + batch, indices.stop))])
+        parts.append(encode_video(autoencoder, video[:, :, :frames].to(device)).cpu())
+    return torch.cat(parts)
+
+
+def _initialise(transformer: Any) -> None:
+    initialise(transformer)
+    with torch.no_grad():
+        torch.nn.init.xavier_uniform_(transformer.patch_embedding.weight.flatten(1))
+        torch.nn.init.zeros_(transformer.patch_embedding.bias)
+        for block in transformer.blocks:
+            block.scale_shift_table[:, [2, 5]] = 0  # the gates of self-attention and feed-forward
+    zero(
+        transformer.condition_embedder.time_proj,
+        *(block.attn2.to_out[0] for block in transformer.blocks),
+        transformer.proj_out,
+    )
