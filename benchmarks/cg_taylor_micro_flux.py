@@ -34,6 +34,8 @@ FORMS: tuple[dict[str, Any], ...] = (
     {"last_order": 2, "expansion": "newton"},
 )
 INTERVALS = (2, 3, 4, 5, 6)
+Kinds = str | tuple[str, ...]
+"""How the kinds of the points that are meant begin."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +86,15 @@ def points(pipe: Any, prompts: Sequence[str], steps: int) -> list[Point]:
     return found
 
 
-def best_within(found: Iterable[Point], kind: str, share: float = 1.0, computed: int = 1000) -> Point | None:
+def best_within(
+    found: Iterable[Point], kind: Kinds, share: float = 1.0, computed: int = 1000
+) -> Point | None:
     """The nearest to dense among those of a kind that spent at most so much."""
     fit = [p for p in found if p.kind.startswith(kind) and p.share <= share and p.computed <= computed]
     return min(fit, key=lambda point: point.error, default=None)
 
 
-def wins(found: list[Point], kind: str, other: str, by: str) -> tuple[int, int, list[float]]:
+def wins(found: list[Point], kind: Kinds, other: str, by: str) -> tuple[int, int, list[float]]:
     """How often a kind beats the best of another that spent no more than it, and by which factor."""
     ratios = []
     for point in found:
@@ -138,7 +142,10 @@ def claims(steps: int, found: list[Point]) -> list[Claim]:
             "thresholds decide otherwise computed steps, so both compute nearly the same number",
         ),
     ]
-    for kind, name in (("cg-taylor", "cg-taylor"), ("predict-correct 3", "predict-correct")):
+    for kind, name in (
+        (("cg-taylor 1", "cg-taylor 2"), "cg-taylor"),
+        ("predict-correct 3", "predict-correct"),
+    ):
         for other, what, by in (
             ("taylorseer", "TaylorSeer, its best setting", "computed steps"),
             ("taylorseer", "TaylorSeer, its best setting", "FLOPs"),
@@ -150,7 +157,7 @@ def claims(steps: int, found: list[Point]) -> list[Claim]:
                 Claim(
                     name,
                     f"{where}: nearer to dense than {what} with at most as many {by}",
-                    "arXiv 2508.02240" if kind == "cg-taylor" and other == "taylorseer" else "ditkit",
+                    "arXiv 2508.02240" if name == "cg-taylor" and other == "taylorseer" else "ditkit",
                     f"in {won} of {total} settings; errors {factor:.2f} times smaller in the median; "
                     f"{_figures(found, kind)}",
                     won == total,
@@ -171,7 +178,7 @@ def claims(steps: int, found: list[Point]) -> list[Claim]:
     return result
 
 
-def _figures(found: list[Point], kind: str) -> str:
+def _figures(found: list[Point], kind: Kinds) -> str:
     best = sorted((p for p in found if p.kind.startswith(kind) and p.share < 0.7), key=lambda p: p.share)
     return "; ".join(
         f"{p.name}: error {p.error:.4f}, {p.computed} computed, FLOPs {p.share:.2f}" for p in best[:4]

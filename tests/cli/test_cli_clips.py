@@ -46,7 +46,15 @@ def test_several_clips_are_numbered_and_methods_apply(ditkit, clips_folder: Path
     assert "forecast" in result.stderr
 
 
+def test_fewer_frames(ditkit, clips_folder: Path) -> None:
+    line = f"generate 'red apple' --model {clips_folder} --steps 1 --frames 5 --size 32 --out a.mp4"
+    assert ditkit(line).exit_code == 0
+    assert [frame.shape for frame in frames_of(Path("a.mp4"))] == [(32, 32, 3)] * 5
+
+
 def test_a_model_of_pictures_makes_no_clip(ditkit, folder: Path) -> None:
+    refused = ditkit(f"generate apple --model {folder} --frames 5 --out a.png")
+    assert refused.exit_code == 2 and "draws pictures, not clips" in refused.stderr
     result = ditkit(f"generate apple --model {folder} --steps 2 --size 16 --out a.mp4")
     assert result.exit_code == 2 and "draws pictures, not clips" in result.stderr
     assert not Path("a.mp4").exists()

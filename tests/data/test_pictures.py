@@ -78,6 +78,8 @@ def test_open_pictures_errors(tmp_path):
         open_pictures(DataConfig(kind="folder", path=tmp_path))
     with pytest.raises(ValueError, match="64"):
         open_pictures(DataConfig(size=32))
+    with pytest.raises(ValueError, match="needs pictures"):
+        open_pictures(DataConfig(kind="emoji-motion"))
     emoji = open_pictures(DataConfig(groups=["keycap"]))
     with pytest.raises(ValueError, match="tone"):
         periods(DataConfig(every={"tone": 4}), emoji)

@@ -184,7 +184,7 @@ def test_token_wise_flops_scale_with_the_tokens_that_run(tiny: Tiny) -> None:
     linear: list[int] = []
 
     def count(module: Any, args: Any, out: Tensor) -> None:
-        if args[0].ndim == 3:  # modulation is (B, C)
+        if args[0].ndim == 3 and args[0].shape[1] > 1:  # modulation is (B, C) or (B, 1, C)
             linear[-1] += 2 * out.numel() * module.in_features
 
     for _, _, block in describe(model).blocks(model):

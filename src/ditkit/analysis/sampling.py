@@ -27,18 +27,22 @@ class Sampling:
         guidance: guidance scale; None for the pipeline's own default.
         size: height and width in pixels; None for the pipeline's own default.
         seed: picture i of a call starts from the noise of `seed + i`, so that it can be drawn again alone.
+        frames: of a clip; None for the pipeline's own default.
     """
 
     steps: int = 28
     guidance: float | None = None
     size: tuple[int, int] | None = None
     seed: int = 0
+    frames: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps={self.steps}: at least 1 is needed")
         if self.size is not None and min(self.size) < 1:
             raise ValueError(f"size={self.size}: height and width must be positive")
+        if self.frames is not None and self.frames < 1:
+            raise ValueError(f"frames={self.frames}: at least 1 is needed")
 
 
 @dataclass
@@ -163,6 +167,10 @@ def call_arguments(pipe: Any, sampling: Sampling, count: int) -> dict[str, Any]:
         arguments["max_sequence_length"] = longest  # a micro-model was never shown longer padding
     if sampling.size is not None:
         arguments["height"], arguments["width"] = sampling.size
+    if sampling.frames is not None:
+        if "num_frames" not in known:
+            raise TypeError(f"{type(pipe).__name__} draws pictures; frames are of a text-to-video pipeline")
+        arguments["num_frames"] = sampling.frames
     return arguments
 
 

@@ -62,6 +62,9 @@ def generate(
     steps: StepsOfRecipe = None,
     guidance: Guidance = None,
     size: Size = None,
+    frames: Annotated[
+        int | None, typer.Option("--frames", min=1, help="Frames of a clip; the model's own if not given.")
+    ] = None,
     batch: Batch = 8,
     sheet: Annotated[
         bool, typer.Option("--sheet", help="One picture with all prompts side by side.")
@@ -99,9 +102,11 @@ def generate(
         raise UsageError(
             f"--out {out}: {model} draws pictures, not clips; end the name in {' or '.join(PICTURES)}"
         )
+    if frames is not None and not draws_clips(pipe):
+        raise UsageError(f"--frames {frames}: {model} draws pictures, not clips")
     if opened is not None:
         opened.check(pipe)
-    sampling = Sampling(steps or STEPS, guidance, pixels, seed)
+    sampling = Sampling(steps or STEPS, guidance, pixels, seed, frames)
     with applied(pipe, methods) as run, step_bar(sampling.steps * -(-len(prompt) // batch)) as on_step:
         drawn = sample(pipe, prompt, sampling, on_step, batch)
         report = run.report() if run is not None else None

@@ -62,7 +62,13 @@ class FolderDataset:
 
 
 def open_pictures(data: DataConfig, split: Split | None = None) -> Pictures:
-    """The data set that a training file names; `split` overrides the file's."""
+    """The data set that a training file names; `split` overrides the file's.
+
+    Raises:
+        ValueError: the file names clips, or a size that the emoji do not have.
+    """
+    if data.kind == "emoji-motion":
+        raise ValueError("data.kind: this task needs pictures, emoji or folder (got 'emoji-motion')")
     if data.kind == "folder":
         if data.path is None:
             raise ValueError("data.path: needed for kind: folder")

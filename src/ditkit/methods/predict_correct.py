@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -127,13 +128,11 @@ class _Track:
     """One guidance branch of one generation.
 
     Attributes:
-        skipped: x and length of the skipped steps since the last computed one.
-        moved: the sum of their predictions, each times its length.
+        skipped: sigma and length of the skipped steps since the last computed one.
     """
 
     series: Trajectory
     skipped: list[tuple[float, float]] = field(default_factory=list)
-    moved: Tensor | None = None
 
 
 class _Outputs(OutputCache):
@@ -146,10 +145,7 @@ class _Outputs(OutputCache):
         self._uncorrected = self._end_unknown = False
 
     def nbytes(self) -> int:
-        moved = [track.moved for track in self.tracks.values()]
-        return sum(track.series.nbytes for track in self.tracks.values()) + sum(
-            tensor.nbytes for tensor in moved if tensor is not None
-        )
+        return sum(track.series.nbytes for track in self.tracks.values())
 
     def skips(self, step: Step) -> bool:
         steps = step.num_steps if step.num_steps is not None else self.options.num_steps
@@ -167,16 +163,15 @@ class _Outputs(OutputCache):
         if track is None:
             highest = max(options.order, options.corrector)
             track = self.tracks[step.branch] = _Track(Trajectory(highest, "newton", torch.float32))
+        x, to, skipped = step.at("sigma"), step.euler_to, track.skipped
+        track.skipped = []
+        before = _moved(track.series, skipped, options.order)
         # Copied: what a pipeline does to its prediction must not reach the series.
-        track.series.add(step.at("sigma"), output.float().clone())
-        skipped, moved = track.skipped, track.moved
-        track.skipped, track.moved = [], None
-        if not skipped or moved is None or step.euler_to is None or step.sigma in (None, step.euler_to):
+        track.series.add(x, output.float().clone())
+        after = _moved(track.series, skipped, options.corrector)
+        if before is None or after is None or to is None or to == x:
             return None
-        delta = -moved
-        for x, length in skipped:
-            delta.add_(track.series.at(x, options.corrector), alpha=length)
-        return (output.float() + delta / (step.euler_to - step.at("sigma"))).to(output.dtype)
+        return (output.float() + (after - before) / (to - x)).to(output.dtype)
 
     def recall(self, step: Step) -> Tensor:
         options, track = self.options, self.tracks[step.branch]
@@ -184,11 +179,10 @@ class _Outputs(OutputCache):
         forecast = track.series.at(x, options.order)
         if options.corrector:
             self._uncorrected |= step.euler_to is None
-        if options.corrector and step.euler_to is not None:
-            length = step.euler_to - x
-            track.skipped.append((x, length))
-            track.moved = forecast * length if track.moved is None else track.moved + forecast * length
-        return forecast
+            if step.euler_to is not None:
+                track.skipped.append((x, step.euler_to - x))
+        # A lone value comes as it is kept, and the pipeline may write to what it gets.
+        return forecast.clone() if forecast is track.series.factors[0] else forecast
 
     def notes(self) -> list[str]:
         """Why it could not help, or not fully."""
@@ -216,6 +210,12 @@ class _Outputs(OutputCache):
                 "denser: without a pipeline's scheduler set num_steps."
             )
         return notes
+
+
+def _moved(series: Trajectory, skipped: Sequence[tuple[float, float]], order: int) -> Tensor | None:
+    """How far skipped steps move the state by a series; None when there were none."""
+    parts = [series.at(x, order).float() * length for x, length in skipped]
+    return torch.stack(parts).sum(0) if parts else None
 
 
 @functools.lru_cache(maxsize=64)

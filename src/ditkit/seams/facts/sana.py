@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ditkit.seams.anatomy import Anatomy, Attention, Stack, Unit
+from ditkit.seams.anatomy import Anatomy, Attention, Seam, Stack, Unit
 from ditkit.seams.facts.grids import patched_2d, patched_3d
 
-_UNFIT = {
+_UNFIT: dict[Seam, str] = {
     "attention": "its self-attention is linear: there are no pairs of tokens to leave out",
     "tokens": "its feed-forward convolves over the whole grid of tokens",
 }
