@@ -23,7 +23,7 @@ demo: $(VENV)/.package
 	$(BIN)/ditkit demo --out $(OUT)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 $(TESTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

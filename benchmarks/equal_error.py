@@ -262,6 +262,7 @@ def tuned_entries(pipe: Any, sampling: Sampling, options: argparse.Namespace) ->
 def time_claims(found: dict[str, list[Entry]], where: str) -> list[Claim]:
     """Best single method against the best peer; best recipe against the best single method."""
     claims = []
+    kinds = {front[0].kind for front in found.values()}
     for error in AT:
         best: dict[str, tuple[float, str]] = {}
         for family, front in found.items():
@@ -271,18 +272,19 @@ def time_claims(found: dict[str, list[Entry]], where: str) -> list[Claim]:
                 best[kind] = (time, family)
         pairs = ((SINGLE, PEER, 1.3, "best single method"), (TUNED, SINGLE, 1.5, "best recipe of `tune`"))
         for mine, theirs, target, what in pairs:
-            if mine not in best or theirs not in best:
+            if mine not in kinds or theirs not in kinds or not {mine, theirs} & set(best):
                 continue
-            gain = best[theirs][0] / best[mine][0]
             against = "the best peer" if theirs == PEER else "the best single method"
+            none = (math.inf, "none reaches it:")
+            fast, slow = best.get(mine, none), best.get(theirs, none)
+            gain = slow[0] / fast[0]
             claims.append(
                 Claim(
                     "equal error",
                     f"{where}, error {error:g}: {what} at least {target} times faster than {against}",
                     "ditkit",
-                    f"{gain:.2f} times: {best[mine][1]} {best[mine][0]:.3f} of dense, "
-                    f"{best[theirs][1]} {best[theirs][0]:.3f}; "
-                    f"plain sampling {_figure(at(found['plain sampling'], error))}",
+                    f"{gain:.2f} times: {fast[1]} {fast[0]:.3f} of dense, {slow[1]} {slow[0]:.3f}; "
+                    f"plain sampling {_figure(at(found.get('plain sampling', ()), error))}",
                     gain >= target,
                     "interpolated between settings; text encoder and decoder included"
                     + ("" if peers.has_cache_dit() else "; cache-dit was not installed"),
@@ -293,7 +295,7 @@ def time_claims(found: dict[str, list[Entry]], where: str) -> list[Claim]:
 
 def work_claims(found: dict[str, list[Entry]], where: str) -> list[Claim]:
     """Every training-free method against plain sampling at equal counted FLOPs."""
-    plain = sorted((e for e in found["plain sampling"]), key=lambda e: e.flops)
+    plain = sorted(found.get("plain sampling", ()), key=lambda e: e.flops)
     claims = []
     for family, front in found.items():
         if front[0].kind != SINGLE:

@@ -93,7 +93,8 @@ def claims(found: list[dict[str, Any]], runs: list[tuple[float, TuneResult, floa
     made = [
         Claim(
             "tune",
-            f"{where}, budget {each['budget']:g}: keeps it on held-out prompts in 95 % of 40 draws",
+            f"{where}, budget {each['budget']:g}: keeps it on held-out prompts in 95 % of "
+            f"{each['draws']} draws",
             "ditkit",
             f"{each['kept']} of {each['draws']} draws, median time {each['median_time_ratio']:.2f} of dense; "
             f"without margin and validation {each['kept_without_margin']} of {each['draws']}",

@@ -51,6 +51,11 @@ class ModelName(_Section):
     name: str | None = None
     model_class: str | None = Field(default=None, alias="class")
 
+    @classmethod
+    def of(cls, name: str | None, model: Any) -> ModelName:
+        """The name of a transformer; None leaves the class open."""
+        return cls.model_validate({"name": name, "class": None if model is None else class_name(model)})
+
 
 class Measured(_Section):
     """What the recipe gave, against dense sampling.
@@ -139,7 +144,7 @@ class Recipe(_Section):
             RecipeError: a method is not in the registry, or an option is no plain value.
         """
         return cls(
-            model=ModelName(name=name, model_class=None if model is None else class_name(model)),
+            model=ModelName.of(name, model),
             methods=tuple({registered(method): changed_options(method)} for method in methods),
             steps=steps,
             measured=measured or Measured(),

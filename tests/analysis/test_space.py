@@ -112,6 +112,22 @@ def test_pairs_across_groups_are_asked_apart() -> None:
         assert len(space.suggest(Random(seed)).methods) <= 1
 
 
+def test_an_option_that_another_method_forbids_is_not_offered(pipe) -> None:
+    """Outputs of modules are kept row by row, and RAS changes the rows."""
+    space = space_for(pipe, LARGE, ["taylorseer", "ras"])
+    assert space.barred == {("taylorseer", "granularity"): {"ras": ("module",)}}
+    both = alone = 0
+    for seed in range(60):
+        methods = {name: o for method in space.suggest(Random(seed)).methods for name, o in method.items()}
+        if len(methods) == 2:
+            assert methods["taylorseer"]["granularity"] == "last-block"
+            both += 1
+        elif "taylorseer" in methods:
+            alone += methods["taylorseer"]["granularity"] == "module"
+    assert both
+    assert alone
+
+
 def test_conditions_are_kept(space) -> None:
     for seed in range(60):
         for method in space.suggest(Random(seed)).methods:

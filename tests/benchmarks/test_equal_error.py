@@ -57,6 +57,14 @@ def test_what_beats_whom(modules) -> None:
     assert "1.33 times" in at_5[1].measured
 
 
+def test_who_does_not_reach_an_error_has_lost(modules) -> None:
+    module, *_ = modules
+    ours, theirs = entry(module, "ours", "ours", 0.4, 0.03), entry(module, "theirs", "peer", 0.9, 0.015)
+    claims = module.time_claims({"ours": [ours], "theirs": [theirs]}, "here")
+    assert [claim.holds for claim in claims] == [False, True]  # at 0.02, and at 0.05; nobody reaches 0.01
+    assert "none reaches it" in claims[0].measured
+
+
 def test_plain_sampling_at_equal_flops(modules) -> None:
     module, *_ = modules
     plain = [entry(module, "plain sampling", "plain", f, e, f) for f, e in ((0.2, 0.1), (0.4, 0.01))]

@@ -83,6 +83,7 @@ def test_published_flops_of_8192_pixels():
     full, small, middle = (LocalWindow(radius=r).flops(512, 512, 512, 3072) for r in (math.inf, 8, 16))
     assert f"{full / 1e9:.0f}" == "847727"
     assert f"{full / 1e15:.3f}" == "0.848"
+    assert f"{LocalWindow(radius=32).flops(512, 512, 512, 3072) / 1e9:.0f}" == "13085"
     assert f"{small / 1e12:.2f}" == "3.92"
     assert f"{middle / 1e12:.2f}" == "5.79"
     assert f"{100 * (1 - small / full):.1f}" == "99.5"

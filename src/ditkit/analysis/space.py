@@ -42,6 +42,7 @@ class Space:
         methods: by name, with the options to be given always (a folder of weights).
         groups: the methods that stand for one another, of which at most one is applied.
         apart: pairs of methods of different groups that can't be applied together.
+        barred: (method, option) -> other method -> values that can't be applied beside it.
         left_out: method -> why it is not tried.
         fewest_steps: the least number of steps tried.
     """
@@ -50,6 +51,7 @@ class Space:
     methods: Mapping[str, Mapping[str, Any]]
     groups: tuple[tuple[str, ...], ...]
     apart: frozenset[frozenset[str]] = frozenset()
+    barred: Mapping[tuple[str, str], Mapping[str, tuple[Any, ...]]] = field(default_factory=dict)
     left_out: Mapping[str, str] = field(default_factory=dict)
     fewest_steps: int = 2
 
@@ -69,17 +71,24 @@ class Space:
             picked = trial.suggest_categorical(where, [NONE, *open_])
             if picked != NONE:
                 chosen.append(picked)
-        methods = tuple({name: self._options(trial, name)} for name in chosen)
+        methods = tuple({name: self._options(trial, name, chosen)} for name in chosen)
         steps = None
         if not chosen or trial.suggest_categorical("fewer steps", [False, True]):
             steps = trial.suggest_int("steps" if chosen else PLAIN, self.fewest_steps, self.steps)
         return Recipe(methods=methods, steps=None if steps == self.steps else steps)
 
-    def _options(self, trial: Suggests, name: str) -> dict[str, Any]:
+    def _options(self, trial: Suggests, name: str, chosen: Sequence[str]) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for option, way in search_of(registry.get("method", name)).items():
-            if all(values.get(other) in allowed for other, allowed in way.when.items()):
-                values[option] = _ask(trial, f"{name}: {option}", way)
+            if any(values.get(other) not in allowed for other, allowed in way.when.items()):
+                continue
+            question = f"{name}: {option}"
+            beside = [other for other in self.barred.get((name, option), {}) if other in chosen]
+            if beside and isinstance(way, Choice):
+                barred = [value for other in beside for value in self.barred[name, option][other]]
+                way = Choice(tuple(value for value in way.values if value not in barred), way.when)
+                question += f" beside {'+'.join(beside)}"
+            values[option] = _ask(trial, question, way)
         return {**values, **self.methods[name]}
 
     def starts(self) -> list[dict[str, Any]]:
@@ -124,11 +133,12 @@ def space_for(
     apart = {
         frozenset((one, other))
         for one, other in itertools.combinations(methods, 2)
-        if _conflict(pipe, [(one, methods[one]), (other, methods[other])])
+        if _conflict(pipe, default(one, methods[one]), default(other, methods[other]))
     }
     groups = _groups(list(methods), apart)
     crossing = frozenset(pair for pair in apart if not any(pair <= set(group) for group in groups))
-    return Space(steps or cost.steps, methods, groups, crossing, left_out)
+    barred = _barred(pipe, methods, apart)
+    return Space(steps or cost.steps, methods, groups, crossing, barred, left_out)
 
 
 def search_of(entry: Entry) -> Search:
@@ -136,12 +146,19 @@ def search_of(entry: Entry) -> Search:
     return getattr(entry.target, "search", {})
 
 
-def default(name: str, options: Mapping[str, Any]) -> Any:
-    """A method at the first of its tried values, to see whether it takes a model."""
+def default(name: str, options: Mapping[str, Any], **told: Any) -> Any:
+    """A method at the first of its tried values, to see whether it takes a model.
+
+    Args:
+        name: of the method.
+        options: to be given always.
+        told: other values of tried options.
+    """
     values: dict[str, Any] = {}
     for option, way in search_of(registry.get("method", name)).items():
         if all(values.get(other) in allowed for other, allowed in way.when.items()):
-            values[option] = way.values[0] if isinstance(way, Choice) else way.low
+            first = way.values[0] if isinstance(way, Choice) else way.low
+            values[option] = told.get(option, first)
     return registry.construct("method", name, {**values, **options})
 
 
@@ -165,12 +182,34 @@ def _why_not(pipe: Any, entry: Entry, options: Mapping[str, Any], cost: ModelCos
     return None
 
 
-def _conflict(pipe: Any, methods: Sequence[tuple[str, Mapping[str, Any]]]) -> bool:
+def _conflict(pipe: Any, one: Any, other: Any) -> bool:
     try:
-        with apply(pipe, *(default(name, options) for name, options in methods), count_flops=False):
+        with apply(pipe, one, other, count_flops=False):
             return False
     except (ConflictError, SeamError):
         return True
+
+
+def _barred(
+    pipe: Any, methods: Mapping[str, Mapping[str, Any]], apart: set[frozenset[str]]
+) -> dict[tuple[str, str], dict[str, tuple[Any, ...]]]:
+    """Values of an option at which two methods can't be combined that otherwise can."""
+    found: dict[tuple[str, str], dict[str, tuple[Any, ...]]] = {}
+    for name, other in itertools.permutations(methods, 2):
+        if frozenset((name, other)) in apart:
+            continue
+        beside = default(other, methods[other])
+        for option, way in search_of(registry.get("method", name)).items():
+            if not isinstance(way, Choice):
+                continue
+            bad = tuple(
+                value
+                for value in way.values[1:]
+                if _conflict(pipe, default(name, methods[name], **{option: value}), beside)
+            )
+            if bad:
+                found.setdefault((name, option), {})[other] = bad
+    return found
 
 
 def _groups(names: Sequence[str], apart: set[frozenset[str]]) -> tuple[tuple[str, ...], ...]:

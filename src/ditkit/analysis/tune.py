@@ -426,7 +426,7 @@ def _validate(
 
     taken = choose(wanted, outcomes, result.max_error, outcome)
     settings = Settings(steps=sampling.steps, guidance=sampling.guidance, size=sampling.size)
-    about = {"model": ModelName(name=name, model_class=class_name(pipe.transformer)), "settings": settings}
+    about = {"model": ModelName.of(name, pipe.transformer), "settings": settings}
     result.recipe = Recipe(**about)
     if taken is None:
         return

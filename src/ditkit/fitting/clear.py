@@ -39,7 +39,7 @@ METHOD_OPTIONS = ("radius", "down_factor", "frame_radius")
 # Projections of the image stream inside an attention module, by the names diffusers gives them, and ours.
 PROJECTIONS = {
     *("to_q", "to_k", "to_v", "to_out", "to_qkv", "q_proj", "k_proj", "v_proj", "out_proj"),
-    *("to_query", "to_key", "to_value", "out_layer", "qkv", "proj"),
+    *("to_query", "to_key", "to_value", "out_layer", "qkv", "proj", "img_attn_qkv", "img_attn_proj"),
 }
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ditkit.fitting import artifact
-from ditkit.registry import Paper, register
+from ditkit.registry import Choice, Paper, Search, register
 from ditkit.seams.apply import Host
 from ditkit.seams.blocks import Outputs, UnitCache, UnitRef
 from ditkit.seams.cost import ModelCost
@@ -66,6 +66,7 @@ class HarmoniCa:
     uniform: int | None = None
 
     claims: ClassVar[frozenset[str]] = frozenset({"blocks"})
+    search: ClassVar[Search] = {"threshold": Choice((None, 0.05, 0.2, 0.4))}
 
     def __post_init__(self) -> None:
         if self.threshold is not None and not 0 <= self.threshold < 1:

@@ -193,7 +193,8 @@ def inherit(teacher: DiT, attention: Iterable[str] = (), **config: Any) -> LiT:
         student.load_state_dict(inherited, strict=False)
     except RuntimeError as error:
         raise ValueError(f"config={config} changes sizes that are inherited: {error}") from error
-    return student.to(device=teacher.device, dtype=teacher.dtype).train(teacher.training)
+    moved: Any = student  # diffusers' `to` has no signature that a type checker understands
+    return moved.to(teacher.device, teacher.dtype).train(teacher.training)
 
 
 def distillation_losses(

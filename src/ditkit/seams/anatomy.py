@@ -23,7 +23,7 @@ from ditkit.seams.layout import TextPlace, TokenLayout
 
 AttentionKind = Literal["self", "joint", "cross"]
 View = Literal["all", "frame", "time"]
-Seam = Literal["stack", "units", "tokens", "attention"]
+Seam = Literal["stack", "units", "tokens", "attention", "answer", "output"]
 Arguments = Mapping[str, Any]
 
 
@@ -127,7 +127,8 @@ class Anatomy:
         timestep: name of the forward's timestep argument.
         falling_time: timesteps fall during a generation (diffusers), so that a rise tells a new one.
         unfit: seam -> why no method can use it on this class: `"stack"`, to skip the blocks and supply the
-            last one's output; `"units"`, to replace outputs inside them; `"tokens"`; `"attention"`.
+            last one's output; `"units"`, to replace outputs inside them; `"tokens"`; `"attention"`;
+            `"answer"`, to answer in place of the model; `"output"`, to change the grid that it gives.
         no_stack: why the stack of this model can't be skipped, by a check of it; None: it can.
         no_tokens: why the blocks can't run on a subset of tokens, by a check of the model and of a call;
             None: they can.

@@ -171,6 +171,7 @@ class BlockSeam:
         Raises:
             ConflictError: another cache owns the blocks.
         """
+        self._host.require("answer")
         self._claim()
         self._output = cache
 

@@ -109,7 +109,12 @@ class Host:
         self._removers.append(callback)
 
     def finish(self, finisher: Callable[[Step, Tensor], Tensor]) -> None:
-        """Let a method put another tensor of the same shape in place of the model's output."""
+        """Let a method put another tensor of the same shape in place of the model's output.
+
+        Raises:
+            SeamError: the output of this class is not a grid of the picture's tokens alone.
+        """
+        self.require("output")
         self._finishers.append(finisher)
 
     def note(self, notes: Callable[[], list[str]]) -> None:

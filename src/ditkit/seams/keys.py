@@ -113,7 +113,7 @@ class KeptKeys:
         for key in [key for key in self._kept if branch in (None, key[0])]:
             del self._kept[key]
 
-    @torch.compiler.disable
+    @torch.compiler.disable(recursive=True)
     def keep(
         self,
         call: AttentionCall,
@@ -145,7 +145,7 @@ class KeptKeys:
                 kept.line = _Line(before.k, before.v, before.line.recent, recent)
         self._kept[key] = kept
 
-    @torch.compiler.disable
+    @torch.compiler.disable(recursive=True)
     def merge(
         self, call: AttentionCall, layout: TokenLayout, active: Active, q: Tensor, k: Tensor, v: Tensor
     ) -> Merged:

@@ -26,6 +26,7 @@ _KANDINSKY5 = Anatomy(
     name="Kandinsky5Transformer3DModel",
     text="cross",
     grid=_dense_grid,
+    unfit={"output": "its output has the channels last"},
     no_tokens=_sparse,
     stacks=(
         # `text_transformer_blocks` see text only.
@@ -49,7 +50,12 @@ _KANDINSKY6 = Anatomy(
     name="Kandinsky6Transformer3DModel",
     text="cross",
     grid=channels_last,
-    unfit={"stack": _TWO_STREAMS, "tokens": _TWO_STREAMS},
+    unfit={
+        "stack": _TWO_STREAMS,
+        "tokens": _TWO_STREAMS,
+        "answer": _TWO_STREAMS,
+        "output": _TWO_STREAMS,
+    },
     stacks=(
         Stack(
             path="visual_transformer_blocks",

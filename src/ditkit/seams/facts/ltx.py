@@ -37,7 +37,12 @@ _LTX2 = Anatomy(
     text="cross",
     grid=named_grid,
     text_mask=("encoder_attention_mask",),
-    unfit={"stack": _TWO_STREAMS, "tokens": _TWO_STREAMS},
+    unfit={
+        "stack": _TWO_STREAMS,
+        "tokens": _TWO_STREAMS,
+        "answer": _TWO_STREAMS,
+        "output": _TWO_STREAMS,
+    },
     stacks=(
         Stack(
             path="transformer_blocks",

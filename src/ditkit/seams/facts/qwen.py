@@ -107,6 +107,7 @@ _JOY_PLUS = Anatomy(
     name="JoyImageEditPlusTransformer3DModel",
     text="suffix",
     grid=_one_shape,
+    unfit={"output": "its output is a list of patches without their places"},
     text_mask=("encoder_hidden_states_mask",),
     stacks=(
         Stack(

@@ -59,6 +59,9 @@ _LUMINA2 = Anatomy(
 _MULTIPLE = 32
 
 
+_LISTED = "it takes and gives lists of pictures, not tensors"
+
+
 def _z_grid(model: nn.Module, arguments: Arguments) -> Grid:
     sample = arguments["x"]
     if isinstance(sample[0], list):
@@ -110,6 +113,7 @@ _Z_IMAGE = Anatomy(
     text_tokens=_z_text,
     timestep="t",
     falling_time=False,
+    unfit={"answer": _LISTED, "output": _LISTED},
     no_tokens=_z_tokens,
     stacks=(
         _Z_BLOCKS,

@@ -101,6 +101,7 @@ _IDEOGRAM4 = Anatomy(
     text="prefix",
     grid=_ideogram_grid,
     text_tokens=_ideogram_text,
+    unfit={"output": "its output has rows for the text, too"},
     falling_time=False,
     stacks=(
         Stack(

@@ -88,6 +88,7 @@ _ANYFLOW = dataclasses.replace(
     _WAN,
     name="AnyFlowTransformer3DModel",
     grid=frames_first,
+    channels=2,
     stacks=(
         dataclasses.replace(
             _BLOCKS, token_rows={"rotary_emb": named(table(2), "query", "key"), "temb": modulation(1, ndim=4)}
