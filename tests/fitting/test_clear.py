@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 import ditkit
 import tiny_pipelines
-from ditkit.fitting import artifact, run
+from ditkit import artifact
+from ditkit.fitting import run
 from ditkit.fitting.clear import FitLocalWindow, distilling, projections, tapped_layers
 from ditkit.fitting.objective import Objective, predict
 from ditkit.fitting.run import FitData

@@ -15,12 +15,13 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 import tiny_pipelines
-from ditkit import registry
+from ditkit import artifact, registry
 from ditkit.data.emoji import EmojiDataset
-from ditkit.fitting import artifact, loop, run
+from ditkit.fitting import loop, run
+from ditkit.fitting.errors import FittingError
 from ditkit.fitting.objective import Objective, predict
 from ditkit.fitting.recording import first_step
-from ditkit.fitting.run import PROGRESS, FitData, FittingError
+from ditkit.fitting.run import PROGRESS, FitData
 from ditkit.fitting.samples import encode_emoji, prepare
 from ditkit.seams.errors import SeamError
 from ditkit.training.order import BatchNoise

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 import ditkit
 import tiny_pipelines
-from ditkit.fitting import artifact, run
+from ditkit import artifact
+from ditkit.fitting import run
+from ditkit.fitting.errors import FittingError
 from ditkit.fitting.harmonica import HarmoniCaFitter, Router, _Course, image_error_proxy, learn
-from ditkit.fitting.run import FitData, FittingError
+from ditkit.fitting.run import FitData
 from ditkit.methods.harmonica import HarmoniCa
 from ditkit.pipelines.class_conditional import ClassConditionalPipeline
 from tiny_models import TINY

@@ -12,7 +12,8 @@ import torch
 
 import ditkit
 import tiny_pipelines
-from ditkit.fitting import artifact, run
+from ditkit import artifact
+from ditkit.fitting import run
 from ditkit.fitting.run import FitData
 from ditkit.fitting.sla import FitSLA
 from ditkit.methods.sla import SLA

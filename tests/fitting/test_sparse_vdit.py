@@ -12,8 +12,10 @@ from torch import Tensor
 
 import ditkit
 import tiny_pipelines
-from ditkit.fitting import artifact, run
-from ditkit.fitting.run import FitData, FittingError
+from ditkit import artifact
+from ditkit.fitting import run
+from ditkit.fitting.errors import FittingError
+from ditkit.fitting.run import FitData
 from ditkit.fitting.sparse_vdit import FitSparseVDiT, Result, Search, block_mass, decide, searching
 from ditkit.methods.sparse_vdit import DIAGONAL, FULL, MULTI_DIAGONAL, SKIP, STRIPE, SparseVDiT
 from ditkit.seams.layout import TokenLayout

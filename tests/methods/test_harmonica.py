@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import ditkit
-from ditkit.fitting import artifact
+from ditkit import artifact
 from ditkit.methods.harmonica import HarmoniCa
 from ditkit.registry import OptionError, parse_method
 from ditkit.seams.cost import ModelCost

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import ditkit
-from ditkit.fitting import artifact
+from ditkit import artifact
 from ditkit.methods.sla import SLA
 from ditkit.seams.errors import SeamError
 from ditkit.seams.layout import TokenLayout

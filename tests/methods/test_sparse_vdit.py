@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import ditkit
-from ditkit.fitting import artifact
+from ditkit import artifact
 from ditkit.methods.sparse_vdit import DIAGONAL, FULL, MODES, MULTI_DIAGONAL, SKIP, STRIPE, SparseVDiT, Table
 from ditkit.seams.errors import SeamError
 from ditkit.seams.executors import masked_dense

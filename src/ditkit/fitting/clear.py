@@ -21,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditkit.fitting import artifact
+from ditkit import artifact
+from ditkit.fitting.errors import FittingError
 from ditkit.fitting.loop import Settings, optimise, trainable
 from ditkit.fitting.objective import Objective, predict
 from ditkit.fitting.recording import transformer_of
-from ditkit.fitting.run import FitData, FittingError, Progress
+from ditkit.fitting.run import FitData, Progress
 from ditkit.fitting.samples import Samples, prepare
 from ditkit.methods.clear import POOLING, LocalWindow
 from ditkit.registry import register

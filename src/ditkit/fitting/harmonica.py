@@ -26,11 +26,12 @@ import torch
 from torch import Tensor, nn
 
 import ditkit
+from ditkit import artifact
 from ditkit.analysis.sampling import Sampling, call_arguments
-from ditkit.fitting import artifact
+from ditkit.fitting.errors import FittingError
 from ditkit.fitting.loop import deferred_interrupt
 from ditkit.fitting.recording import transformer_of
-from ditkit.fitting.run import PROGRESS, FitData, FittingError, Progress
+from ditkit.fitting.run import PROGRESS, FitData, Progress
 from ditkit.registry import register
 from ditkit.seams.apply import Host
 from ditkit.seams.blocks import Outputs, UnitCache, UnitRef

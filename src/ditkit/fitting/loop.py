@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditkit.fitting.run import PROGRESS, FittingError, Progress
+from ditkit.fitting.errors import FittingError
+from ditkit.fitting.run import PROGRESS, Progress
 from ditkit.training import checkpoint
 from ditkit.training.order import BatchNoise, SampleOrder, mix
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ditkit.fitting.errors import FittingError
 from ditkit.fitting.recording import first_channels
-from ditkit.fitting.run import FittingError
 from ditkit.fitting.samples import Samples
 from ditkit.seams.anatomy import describe
 from ditkit.training.order import BatchNoise

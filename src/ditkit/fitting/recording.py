@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ditkit.analysis.sampling import Sampling, call_arguments
-from ditkit.fitting.run import FittingError
+from ditkit.fitting.errors import FittingError
 from ditkit.seams.anatomy import Anatomy, bind, describe
 from ditkit.seams.host import inside
 

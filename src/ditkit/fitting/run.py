@@ -12,8 +12,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from ditkit.artifact import CONFIG, WEIGHTS
 from ditkit.files import write_text
-from ditkit.fitting.artifact import CONFIG, WEIGHTS
+from ditkit.fitting.errors import FittingError
 from ditkit.registry import get
 
 PROGRESS = ".progress"
@@ -21,10 +22,6 @@ Source = Literal["own", "emoji"]
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, done, total) as the work goes on."""
-
-
-class FittingError(ValueError):
-    """The fit can't be done as asked for; nothing was lost."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +122,7 @@ def check_folder(folder: Path) -> None:
 
 def _identity(pipe: Any, name: str, fitter: Fitter, data: FitData) -> dict[str, Any]:
     """What must be the same for a stopped fit to go on."""
-    from ditkit.fitting.artifact import model_facts
+    from ditkit.artifact import model_facts
     from ditkit.fitting.recording import transformer_of
 
     options = dataclasses.asdict(fitter) if dataclasses.is_dataclass(fitter) else {}  # pyright: ignore[reportArgumentType]

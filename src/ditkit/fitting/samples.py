@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ditkit.analysis.sampling import Sampling, call_arguments
 from ditkit.files import whole_file
+from ditkit.fitting.errors import FittingError
 from ditkit.fitting.recording import FirstStep, first_step
-from ditkit.fitting.run import PROGRESS, FitData, FittingError, Progress
+from ditkit.fitting.run import PROGRESS, FitData, Progress
 
 FILE = "samples.safetensors"
 

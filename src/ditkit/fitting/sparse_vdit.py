@@ -26,12 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ditkit import artifact
 from ditkit.analysis.sampling import Sampling, sample
 from ditkit.files import write_text
-from ditkit.fitting import artifact
+from ditkit.fitting.errors import FittingError
 from ditkit.fitting.loop import deferred_interrupt
 from ditkit.fitting.recording import transformer_of
-from ditkit.fitting.run import PROGRESS, FitData, FittingError, Progress
+from ditkit.fitting.run import PROGRESS, FitData, Progress
 from ditkit.methods.sparse_vdit import FULL, MODES, SKIP, STRIPE, Patterns, SparseVDiT, Table
 from ditkit.registry import register
 from ditkit.seams.apply import Host, apply

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ditkit.fitting import artifact
+from ditkit import artifact
 from ditkit.registry import Choice, Paper, Search, register
 from ditkit.seams.apply import Host
 from ditkit.seams.blocks import Outputs, UnitCache, UnitRef

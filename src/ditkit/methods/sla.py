@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditkit.fitting import artifact
+from ditkit import artifact
 from ditkit.registry import Choice, Paper, Search, register
 from ditkit.seams import executors, weights
 from ditkit.seams.apply import Host

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ditkit.fitting import artifact
+from ditkit import artifact
 from ditkit.registry import Paper, register
 from ditkit.seams import executors
 from ditkit.seams.apply import Host
