@@ -358,7 +358,7 @@ class _Branch:
     def learn(self, level: float, output: Tensor, ran: Tensor, patches: Patches) -> None:
         """Take an output, of which the tokens `ran` (B, N) were computed."""
         output, where = output.detach().clone(), patches.spread(ran)
-        time = torch.full(ran.shape, level, dtype=torch.float64, device=output.device)
+        time = torch.full(ran.shape, level, device=output.device)
         if not self.values:
             self.values, self.times = [output] * 2, [time] * 2
             return
