@@ -38,6 +38,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "grat": {"group": "4x4"},
     "re-ttention": {"keep": 0.5, "band": "exact"},
     "ras": {"sample_ratio": 0.5, "skip_multiple": 1},
+    # Without what a fit learns: the plain rules of these methods.
+    "harmonica": {"uniform": 2},
+    "sparse-vdit": {"uniform": "diagonal", "block": 8, "diag_width": 2},
+    "sla": {"topk": 0.5, "block_q": 8, "block_kv": 8},
 }
 
 

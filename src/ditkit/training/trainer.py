@@ -78,19 +78,21 @@ def run_stage(run: configuration.RunConfig, folder: Path, earlier: dict[str, Pat
         project_dir=folder,
         cpu=not torch.cuda.is_available(),
     )
-    torch.manual_seed(mix(run.seed, 0))
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
-    accelerator.wait_for_everyone()
-    task = find(run.task)(run, folder, earlier)
-    trainer = Trainer(run, folder, task, accelerator)
-    trainer.fit()
-    if accelerator.is_main_process:
-        trainer.export()
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    AcceleratorState._reset_state()  # the next stage may have another precision
+    try:
+        torch.manual_seed(mix(run.seed, 0))
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
+        accelerator.wait_for_everyone()
+        task = find(run.task)(run, folder, earlier)
+        trainer = Trainer(run, folder, task, accelerator)
+        trainer.fit()
+        if accelerator.is_main_process:
+            trainer.export()
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+    finally:
+        AcceleratorState._reset_state()  # the next stage may have another precision
 
 
 class Trainer:
