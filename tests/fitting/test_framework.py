@@ -159,6 +159,7 @@ class Count:
         return x.detach()
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("stop_at", [1, 5, 11])
 def test_a_stopped_loop_goes_on_bit_for_bit(tmp_path: Path, stop_at: int) -> None:
     whole = Count().optimise(tmp_path / "a", silent)

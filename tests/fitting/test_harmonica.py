@@ -54,6 +54,7 @@ def test_what_computing_costs_is_what_is_left_out(tmp_path: Path) -> None:
     assert all(parameter.requires_grad for parameter in pipe.transformer.parameters())
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_stopped_fit_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     pipe = tiny_pipelines.flux()
     whole = fit(pipe, tmp_path / "whole", epochs=3, lr=0.1)

@@ -57,6 +57,7 @@ def test_fit_and_use(tmp_path: Path, train: Any) -> None:
     assert torch.equal(learned, draw(pipe, ditkit.registry.parse_method(f"sla:weights={folder}")))
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_stopped_fit_goes_on_bit_for_bit(tmp_path: Path) -> None:
     fitter = FitSLA(**SMALL)
     whole = run.run(tiny_pipelines.flux(), "sla", fitter, DATA, tmp_path / "a")

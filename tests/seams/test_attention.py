@@ -345,8 +345,11 @@ def test_threads_do_not_mix():
 def test_other_backend_is_refused_before_anything_is_hooked():
     model = TINY["FluxTransformer2DModel"].model()
     model.set_attention_backend("_native_math")
-    with pytest.raises(SeamError, match=r"set_attention_backend\('native'\)"):
-        ditkit.apply(model, Use(Dense()))
+    try:
+        with pytest.raises(SeamError, match=r"set_attention_backend\('native'\)"):
+            ditkit.apply(model, Use(Dense()))
+    finally:
+        model.set_attention_backend("native")  # it holds for every model of the process
     assert not any(hasattr(module, "_diffusers_hook") for module in model.modules())
 
 

@@ -86,12 +86,14 @@ def _show_classes() -> None:
     from ditkit.seams.facts import UNSUPPORTED
 
     seams: tuple[Seam, ...] = ("stack", "units", "tokens", "attention")
-    table = Table("class", "text", *seams, header_style="bold", pad_edge=False)
+    table = Table("class", "text", *seams, header_style="bold", pad_edge=False, box=None)
+    table.columns[0].no_wrap = True
     for row in rows():
         table.add_row(row.name, row.text, *("yes" if row.allows(seam) else "no" for seam in seams))
     console.print(table)
     console.print("stack: skip the blocks; units: replace parts of a block; tokens: leave tokens out")
     table = Table("not supported", "reason", header_style="bold", pad_edge=False)
+    table.columns[0].no_wrap = True
     for name, reason in sorted(UNSUPPORTED.items()):
         table.add_row(name, reason)
     console.print(table)

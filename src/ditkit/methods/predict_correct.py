@@ -132,6 +132,7 @@ class _Track:
     """
 
     series: Trajectory
+    dtype: torch.dtype
     skipped: list[tuple[float, float]] = field(default_factory=list)
 
 
@@ -162,7 +163,9 @@ class _Outputs(OutputCache):
         track = self.tracks.get(step.branch)
         if track is None:
             highest = max(options.order, options.corrector)
-            track = self.tracks[step.branch] = _Track(Trajectory(highest, "newton", torch.float32))
+            track = self.tracks[step.branch] = _Track(
+                Trajectory(highest, "newton", torch.float32), output.dtype
+            )
         x, to, skipped = step.at("sigma"), step.euler_to, track.skipped
         track.skipped = []
         before = _moved(track.series, skipped, options.order)
@@ -182,6 +185,7 @@ class _Outputs(OutputCache):
             if step.euler_to is not None:
                 track.skipped.append((x, step.euler_to - x))
         # A lone value comes as it is kept, and the pipeline may write to what it gets.
+        forecast = forecast.to(track.dtype)
         return forecast.clone() if forecast is track.series.factors[0] else forecast
 
     def notes(self) -> list[str]:

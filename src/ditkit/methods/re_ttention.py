@@ -19,7 +19,7 @@ B batch, h heads, L tokens of the sequence, N image tokens, d head dim.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -244,7 +244,8 @@ class ReTtention:
     def attach(self, host: Host) -> None:
         strategy = self.strategy(host.anatomy.name)
         host.attention.use(strategy)
-        host.stats.modes.append(lambda: strategy.phase)
+        strategy.states = host.attention.states
+        host.stats.modes.append(lambda: (strategy.phase, strategy.prepared))
         host.stats.holds(lambda: _held(host.attention.states))
         host.note(strategy.notes)
 
@@ -264,12 +265,16 @@ class _Reshaped:
     `"ratio"` (B, h, L, 1), `"residual"` (B, h, L, d) and `"at"`, the step they are from.
 
     Args:
+        states: what the layers keep, by layer and branch.
         phase: how the step that runs is computed.
+        prepared: the layers that can be sparse in it; one that a cache skipped at the full step can't.
     """
 
     def __init__(self, options: ReTtention, name: str | None) -> None:
         self.options = options
         self.name = name
+        self.states: Mapping[Any, Mapping[Any, Any]] = {}
+        self.prepared: tuple[str, ...] = ()
         self.phase: Phase = "dense"
         # A tensor, so that compiled code does not take it for a constant.
         self.now = torch.zeros((), dtype=torch.float32)
@@ -293,6 +298,9 @@ class _Reshaped:
             self.phase = "full"
         if self.phase == "full":
             self._kept[step.branch] = step.generation
+        self.prepared = tuple(
+            name for (name, branch), kept in self.states.items() if branch == step.branch and "ratio" in kept
+        )
         self.now.fill_(step.index)
         self._steps[self.phase] += 1
 
