@@ -52,7 +52,7 @@ SETTINGS = (
     "re-ttention:band=exact",
     "local-window:frame_radius=1",
     "sla",
-    "sparse-vdit",
+    "sparse-vdit:uniform=diagonal",
 )
 Attend = Callable[[], Any]
 

@@ -84,7 +84,7 @@ class SoftCache(UnitCache):
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
         self.mode: Literal["soft", "full", "refill"] = "full"
-        self.scores: Sequence[Tensor] = ()
+        self.scores: Tensor | Sequence[Tensor] = ()
         self.place = (-1, 0)
         self.units: tuple[UnitRef, ...] = ()
         self._kept: dict[tuple[int, int], Outputs] = {}
@@ -149,7 +149,7 @@ def learn(
 
 
 @torch.no_grad()
-def image_error_proxy(final: Callable[[Sequence[Tensor]], Tensor], scores: Tensor) -> list[float]:
+def image_error_proxy(final: Callable[[Tensor], Tensor], scores: Tensor) -> list[float]:
     """lambda of every step, (T,); 0 for the first, which is not cached.
 
     Args:
@@ -308,10 +308,10 @@ class _Course:
         """The number that noise and prompts of an epoch are drawn by."""
         return epoch % self.options.lambda_every if self.options.repeat_batches else epoch
 
-    def _final(self, epoch: int) -> Callable[[Sequence[Tensor]], Tensor]:
+    def _final(self, epoch: int) -> Callable[[Tensor], Tensor]:
         """Generations from one noise with given scores."""
 
-        def final(scores: Sequence[Tensor]) -> Tensor:
+        def final(scores: Tensor) -> Tensor:
             self.soft.mode, self.soft.scores = "soft", [row.clone() for row in scores]
             self._forwards.clear()
             latent = self._generate(mix(epoch, 3))
@@ -345,7 +345,7 @@ class _Course:
             self.pipe(**arguments, generator=generators, output_type="latent")
         return states[-1]
 
-    def _arguments(self, prompts: list[str]) -> dict[str, Any]:
+    def _arguments(self, prompts: list[Any]) -> dict[str, Any]:
         """Of the pipeline's call; a class-conditional one gets its labels as prompts."""
         known, options = inspect.signature(self.pipe.__call__).parameters, self.options
         if "prompt" in known:

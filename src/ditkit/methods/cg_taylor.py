@@ -187,9 +187,8 @@ class _Gate(StackCache):
         assert hidden_states is not None
         track = self._tracks.setdefault(step.branch, _Track())
         rows = self._rows(hidden_states)
-        decided = self._decision
-        follows = self.options.passes == "first" and decided is not None
-        if follows and _of_one_step(decided[0], step) and len(decided[1]) == len(rows):
+        decided = self._decision if self.options.passes == "first" else None
+        if decided is not None and _of_one_step(decided[0], step) and len(decided[1]) == len(rows):
             trusted = list(decided[1])
         else:
             trusted = self._judge(step, track, rows)
