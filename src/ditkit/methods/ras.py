@@ -51,6 +51,8 @@ _RESETS_OF_30 = (12, 22)
     summary="each step runs the tokens whose prediction is least settled, the others keep their velocity",
     paper=Paper("Region-Adaptive Sampling for Diffusion Transformers", "2502.10389", 2025),
     seam=("tokens", "attention"),
+    # It keeps ratios and residuals for a batch as a whole, whose samples run on tokens of their own here.
+    conflicts=("re-ttention",),
     neutral={"sample_ratio": 1.0},
 )
 @dataclass(frozen=True)
