@@ -64,6 +64,11 @@ class Entry:
     flops: float = math.nan
     failed: str = ""
 
+    def fail(self, failure: Exception) -> None:
+        """Out of the comparison, for this reason."""
+        self.failed = f"{type(failure).__name__}: {' '.join(str(failure).split())[:160]}"
+        self.error = self.ratio = math.nan
+
 
 def grid(name: str, most: int) -> list[dict[str, Any]]:
     """At most so many combinations of a method's options worth trying, drawn from all."""
@@ -126,7 +131,7 @@ def look(pipe: Any, entries: list[Entry], prompts: Sequence[str], sampling: Samp
         try:
             drawn = draw(pipe, entry, prompts, sampling)
         except Exception as failure:
-            entry.failed = f"{type(failure).__name__}: {' '.join(str(failure).split())[:160]}"
+            entry.fail(failure)
             continue
         entry.error = relative_l2(drawn.latents, reference.latents)
         entry.ratio = drawn.seconds / statistics.median(dense[-5:])
@@ -152,21 +157,30 @@ def around(front: Sequence[Entry], errors: Sequence[float], beside: int = 2) -> 
 
 
 def clock(pipe: Any, entries: list[Entry], prompts: Sequence[str], sampling: Sampling, rounds: int) -> None:
-    """Interleaved rounds: the errors of the first, the median of the ratios to dense within each."""
+    """Interleaved rounds: the errors of the first, the median of the ratios to dense within each. Who fails
+    when it is drawn again is out, with its reason."""
     ratios: dict[int, list[float]] = {id(entry): [] for entry in entries}
     reference = sample(pipe, prompts, sampling)
     for turn in track(range(rounds), f"timing {len(entries)} settings", console=console):
         before = sample(pipe, prompts, sampling).seconds
         for entry in entries:
-            drawn = draw(pipe, entry, prompts, sampling)
+            if entry.failed:
+                continue
+            try:
+                drawn = draw(pipe, entry, prompts, sampling)
+            except Exception as failure:
+                entry.fail(failure)
+                continue
             ratios[id(entry)].append(drawn.seconds)
             if turn == 0:
                 entry.error = relative_l2(drawn.latents, reference.latents)
         dense = (before + sample(pipe, prompts, sampling).seconds) / 2
         for entry in entries:
-            ratios[id(entry)][-1] /= dense
+            if not entry.failed:
+                ratios[id(entry)][-1] /= dense
     for entry in entries:
-        entry.ratio = statistics.median(ratios[id(entry)])
+        if not entry.failed:
+            entry.ratio = statistics.median(ratios[id(entry)])
 
 
 def work(pipe: Any, entries: list[Entry], prompts: Sequence[str], sampling: Sampling) -> None:
@@ -209,6 +223,7 @@ def compare(pipe: Any, steps: int, options: argparse.Namespace) -> tuple[list[Cl
     timed = list(itertools.chain(*found.values()))
     names = {id(entry) for entry in timed}
     clock(pipe, timed, prompts, sampling, options.rounds)
+    timed = [entry for entry in timed if not entry.failed]
     work(pipe, [e for e in timed if e.kind in (SINGLE, PLAIN)], prompts, sampling)
     found = {family: front for family, front in fronts(timed).items() if front}
     for entry in sorted(timed, key=lambda e: (e.family, e.ratio)):
