@@ -51,8 +51,9 @@ _RESETS_OF_30 = (12, 22)
     summary="each step runs the tokens whose prediction is least settled, the others keep their velocity",
     paper=Paper("Region-Adaptive Sampling for Diffusion Transformers", "2502.10389", 2025),
     seam=("tokens", "attention"),
-    # It keeps ratios and residuals for a batch as a whole, whose samples run on tokens of their own here.
-    conflicts=("re-ttention",),
+    # Re-ttention keeps ratios and residuals for a batch as a whole, whose samples run on tokens of their own
+    # here; a forecast of the output would continue tokens that did not run.
+    conflicts=("re-ttention", "predict-correct"),
     neutral={"sample_ratio": 1.0},
 )
 @dataclass(frozen=True)

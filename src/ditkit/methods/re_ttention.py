@@ -273,7 +273,7 @@ class _Reshaped:
     def __init__(self, options: ReTtention, name: str | None) -> None:
         self.options = options
         self.name = name
-        self.states: Mapping[Any, Mapping[Any, Any]] = {}
+        self.states: Mapping[Any, dict[Any, Any]] = {}
         self.prepared: tuple[str, ...] = ()
         self.phase: Phase = "dense"
         # A tensor, so that compiled code does not take it for a constant.
@@ -298,11 +298,22 @@ class _Reshaped:
             self.phase = "full"
         if self.phase == "full":
             self._kept[step.branch] = step.generation
+        self._forget(step)
         self.prepared = tuple(
             name for (name, branch), kept in self.states.items() if branch == step.branch and "ratio" in kept
         )
         self.now.fill_(step.index)
         self._steps[self.phase] += 1
+
+    def _forget(self, step: Step) -> None:
+        """A layer that a cache skipped at the last full step makes up for it when it runs next."""
+        if self.phase != "sparse":
+            return
+        warmup = self.options.warmup_of(self.name, step.num_steps)
+        due = max((at for at in range(step.index) if self.options.phase(at, warmup) == "full"), default=-1)
+        for (_, branch), kept in self.states.items():
+            if branch == step.branch and "ratio" in kept and float(kept["at"]) < due:
+                del kept["ratio"]
 
     def plan(self, layout: TokenLayout, heads: int, device: torch.device) -> executors.StaticMask:
         """The mask of this layout."""
