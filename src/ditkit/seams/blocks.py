@@ -5,7 +5,6 @@ B batch, L image tokens, C width.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from ditkit.seams.anatomy import Stack, child
 from ditkit.seams.errors import ConflictError, SeamError
 from ditkit.seams.hooking import Forward
 from ditkit.seams.layout import splice
+from ditkit.seams.outputs import prediction_of, with_prediction
 from ditkit.seams.steps import Step
 
 if TYPE_CHECKING:
@@ -235,11 +235,11 @@ class BlockSeam:
         def answer(*args: Any, **kwargs: Any) -> Any:
             step = self._host.clock.step
             if self._skipping:
-                return _like(self._pattern, cache.recall(step))
+                return with_prediction(self._pattern, cache.recall(step))
             output = forward(*args, **kwargs)
-            instead = cache.store(step, output if isinstance(output, Tensor) else output[0])
-            self._pattern = _like(output, None)
-            return output if instead is None else _like(output, instead)
+            instead = cache.store(step, prediction_of(output))
+            self._pattern = with_prediction(output, None)
+            return output if instead is None else with_prediction(output, instead)
 
         return answer
 
@@ -417,15 +417,6 @@ def _argument(stack: Stack, name: str, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _hidden(stack: Stack, output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[stack.returns.index("hidden_states")]
-
-
-def _like(result: Any, prediction: Tensor | None) -> Any:
-    """What a model returns, a tensor, a tuple or diffusers' output object, with another prediction."""
-    if isinstance(result, tuple):
-        return (prediction, *result[1:])
-    if dataclasses.is_dataclass(result) and not isinstance(result, type):
-        return dataclasses.replace(result, **{dataclasses.fields(result)[0].name: prediction})
-    return prediction
 
 
 def _exchanged(stack: Stack, output: Any, hidden: Tensor) -> Any:

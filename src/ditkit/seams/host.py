@@ -19,6 +19,7 @@ from ditkit.seams.cost import ModelCost
 from ditkit.seams.errors import SeamError
 from ditkit.seams.hooking import Around, Forward, Hooks
 from ditkit.seams.layout import TokenLayout
+from ditkit.seams.outputs import prediction_of, with_prediction
 from ditkit.seams.stats import Stats, counting
 from ditkit.seams.steps import Step, StepClock, shape_of
 from ditkit.seams.tokens import TokenSeam
@@ -225,7 +226,7 @@ class Host:
             shapes = _shapes(arguments)
             output = self._counted(self.blocks.around_model(forward), args, kwargs, shapes)
             for finisher in self._finishers:
-                output = _exchanged(output, finisher(step, _sample(output)))
+                output = with_prediction(output, finisher(step, prediction_of(output)))
         except BaseException:
             self.clock.restart()
             raise
@@ -281,20 +282,6 @@ def _depth(method: Method) -> int:
 def inside(module: nn.Module) -> nn.Module:
     """The model inside what `torch.compile` returns."""
     return getattr(module, "_orig_mod", module)
-
-
-def _sample(output: Any) -> Tensor:
-    """The tensor in what a model returned: a tensor, a tuple or a ModelOutput."""
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def _exchanged(output: Any, sample: Tensor) -> Any:
-    if isinstance(output, Tensor):
-        return sample
-    if isinstance(output, tuple):
-        return (sample, *output[1:])
-    output[next(iter(output))] = sample
-    return output
 
 
 def _shapes(arguments: dict[str, Any]) -> Hashable:
