@@ -87,6 +87,8 @@ class Stack:
             modulation), and how to select rows from them.
         per_token: argument -> is it modulation for each token apart? Then norms can't be bypassed by
             an empty tensor, because its length would not match.
+        raster: (model, what a block returned, grid) -> image tokens (B, L, C) in raster order, where blocks
+            return them in another form.
     """
 
     path: str
@@ -99,6 +101,7 @@ class Stack:
     view: View = "all"
     token_rows: Mapping[str, Rows] = field(default_factory=dict)
     per_token: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
+    raster: Callable[[nn.Module, Any, tuple[int, int, int]], Tensor] | None = None
 
 
 def text_tokens(anatomy: Anatomy, model: nn.Module, arguments: Arguments) -> int:
@@ -243,3 +246,17 @@ def describe(model: nn.Module) -> Anatomy:
         f"no anatomy is known for {name}. Nearest known: {', '.join(near)}. "
         "To add a class, write its entry in ditkit/seams/facts/; a subclass of a known class needs none."
     )
+
+
+def readable(model: nn.Module) -> Anatomy:
+    """The facts on a model's class, of classes too whose blocks can be read but not changed.
+
+    Raises:
+        UnsupportedModelError: see `describe`.
+    """
+    from ditkit.seams.facts.ours import READ_ONLY
+
+    for cls in type(model).__mro__:
+        if cls.__name__ in READ_ONLY:
+            return READ_ONLY[cls.__name__]
+    return describe(model)

@@ -120,6 +120,7 @@ class Trainer:
         self.step = 0
         if self.ema:
             self.ema.to(accelerator.device)
+            task.averaged = self._average
         self._restore()
 
     def fit(self) -> None:
@@ -222,6 +223,11 @@ class Trainer:
             samples = self.folder / "samples"
             samples.mkdir(exist_ok=True)
             picture.save(samples / f"step-{self.step:08d}.png")
+
+    def _average(self) -> dict[str, torch.Tensor]:
+        """The averaged parameters by name, not copied."""
+        assert self.ema is not None
+        return dict(zip(self.names, self.ema.shadow_params, strict=True))
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:

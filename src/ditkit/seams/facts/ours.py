@@ -1,12 +1,19 @@
 """The facts on architectures of `ditkit.models` beyond `DiT`, and why methods are refused on the others.
 
 A class that derives from `DiT` and calls its blocks alike (SiT, Switch-DiT, a routed DiT) needs no entry.
+
+B batch, L image tokens, C width, P windows of n tokens.
 """
 
 from __future__ import annotations
 
-from ditkit.seams.anatomy import Anatomy, Stack, Unit
-from ditkit.seams.facts.grids import own_grid
+from typing import Any
+
+from torch import Tensor, nn
+
+from ditkit.models.windows import from_windows
+from ditkit.seams.anatomy import Anatomy, Arguments, Stack, Unit
+from ditkit.seams.facts.grids import Grid, own_grid, patched_2d
 from ditkit.seams.facts.rows import modulation
 
 _LIT = Anatomy(
@@ -44,3 +51,49 @@ REFUSED: dict[str, str] = {
     "D2iT": "its two stacks of blocks run on different tokens, regions and the cells of fine ones",
     "GrainTransformer": "it fills a map of grains once, before any denoising",
 }
+
+
+def _unwindowed(model: nn.Module, windows: Tensor, grid: Grid) -> Tensor:
+    """Windows (B, P, n, C) to tokens (B, L, C)."""
+    network: Any = model
+    return from_windows(windows, network.window, grid).flatten(1, 3)
+
+
+def _windowed_grid(model: nn.Module, arguments: Arguments) -> Grid:
+    """(B, C, H, W), or with frames (B, C, F, H, W); frames are not cut."""
+    latent = arguments["hidden_states"]
+    _, height, width = patched_2d(model, arguments)
+    return (latent.shape[2] if latent.ndim == 5 else 1), height, width
+
+
+def _flat_maps(model: nn.Module, maps: Tensor, grid: Grid) -> Tensor:
+    """Maps (B, C, H, W) to tokens (B, L, C)."""
+    return maps.flatten(2).transpose(1, 2)
+
+
+def _lowest_level(model: nn.Module, arguments: Arguments) -> Grid:
+    """A quarter of each side."""
+    height, width = arguments["hidden_states"].shape[-2:]
+    return 1, height // 4, width // 4
+
+
+READ_ONLY: dict[str, Anatomy] = {
+    "PTDiT": Anatomy(
+        name="PTDiT",
+        text="cross",
+        grid=_windowed_grid,
+        unfit={"attention": "its attention runs in windows and among their proxies"},
+        stacks=(
+            Stack(path="transformer_blocks", arguments=("hidden_states", "conditioning"), raster=_unwindowed),
+        ),
+    ),
+    "DiCo": Anatomy(
+        name="DiCo",
+        text="none",
+        grid=_lowest_level,
+        encoder=(),
+        unfit={"attention": "it has none"},
+        stacks=(Stack(path="latent", arguments=("hidden_states", "conditioning"), raster=_flat_maps),),
+    ),
+}
+"""Classes on which no method works, but whose blocks can be read: a DiCo's are those of its lowest level."""

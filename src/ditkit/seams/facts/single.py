@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 from ditkit.seams.anatomy import Anatomy, Arguments, Attention, Stack, Unit
@@ -38,6 +40,12 @@ _OMNIGEN = Anatomy(
     ),
 )
 
+
+def _sequence_first(model: nn.Module, sequence: Tensor, grid: Grid) -> Tensor:
+    """(S, B, C), the picture before the text, to image tokens (B, L, C)."""
+    return sequence[: math.prod(grid)].transpose(0, 1)
+
+
 _ERNIE = Anatomy(
     name="ErnieImageTransformer2DModel",
     text="suffix",
@@ -51,6 +59,7 @@ _ERNIE = Anatomy(
             # Norms run at every step: without tokens their modulation (S, B, C) would not match.
             units=(Unit("self_attention"), Unit("mlp")),
             attention=(Attention("self_attention", "joint"),),
+            raster=_sequence_first,
         ),
     ),
 )

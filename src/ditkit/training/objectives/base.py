@@ -10,6 +10,9 @@ processes and accumulation steps: an objective sees some of its rows, all parts 
 loss is the mean over the parts. Whatever concerns the whole batch follows from `draws` (`rows`, `batch_size`,
 draws that are the same in every part).
 
+What lies inside the network is read when an objective asks for it before the forward (`reads`); the run's
+averaged parameters are there in every step.
+
 Dimensions: B samples of the part at hand, C channels, H and W.
 """
 
@@ -26,6 +29,8 @@ from torch import Tensor, nn
 from ditkit.data.config import Section
 from ditkit.processes.gaussian import GaussianDiffusion
 from ditkit.processes.transport import Transport
+from ditkit.seams.errors import UnsupportedModelError
+from ditkit.seams.taps import Inside, Reading, check, hidden_after
 from ditkit.training.order import BatchNoise
 
 Process = GaussianDiffusion | Transport
@@ -34,6 +39,15 @@ Process = GaussianDiffusion | Transport
 def model_folder(name: str) -> Path:
     """The folder at that path, where there are no stages."""
     return Path(name)
+
+
+def no_pictures() -> Tensor:
+    """Where a step has no pictures.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError("this step has no pictures")
 
 
 @dataclass(frozen=True)
@@ -46,6 +60,7 @@ class Setting:
         batch_size: of the whole batch.
         facts: what is known of the training beside the network: "process", "classes", ...
         find: the folder of a model that a file names: an earlier stage's export, or a path.
+        averages: whether the run keeps an average of the parameters (`ema`).
     """
 
     model: Any
@@ -53,6 +68,7 @@ class Setting:
     batch_size: int
     facts: Mapping[str, Any] = field(default_factory=dict)
     find: Callable[[str], Path] = model_folder
+    averages: bool = True
 
 
 @dataclass(frozen=True)
@@ -73,6 +89,10 @@ class TrainingStep:
         outputs: those of all resolutions, lowest first, of a model that has several; else `output` alone.
         losses: what the process gives, (B,) each: "loss" and its parts.
         draws: random numbers of the batch, and which rows of it these are.
+        inside: what the objectives asked to read of the forward.
+        pictures: gives the clean pictures in the data's own size, (B, 3, H', W') in [-1, 1].
+        averaged: gives the run's average of the network's trained parameters by name, as it is before the
+            update; empty where the run keeps none.
     """
 
     model: Any
@@ -90,6 +110,9 @@ class TrainingStep:
     outputs: list[Tensor]
     losses: dict[str, Tensor]
     draws: BatchNoise
+    inside: Inside = field(default_factory=Inside)
+    pictures: Callable[[], Tensor] = no_pictures
+    averaged: Callable[[], Mapping[str, Tensor]] = dict
 
 
 class Term(NamedTuple):
@@ -121,6 +144,10 @@ class Objective(nn.Module):
         """
         super().__init__()
         self.options = options
+
+    def reads(self, step: int, progress: float) -> Reading:
+        """What to read inside the network in the forward after `step` updates; see `TrainingStep.inside`."""
+        return Reading()
 
     def times(self, uniform: Tensor, draws: BatchNoise) -> Tensor:
         """Where in the schedule the samples lie: uniform numbers (B,) to others in [0, 1); claim "times"."""
@@ -154,6 +181,35 @@ def gaussian(process: Process) -> GaussianDiffusion:
     if process.prediction != "epsilon":
         raise ValueError(f"it needs a network that predicts noise; got prediction={process.prediction!r}")
     return process
+
+
+def readable(model: Any, what: Reading) -> Reading:
+    """What is to be read of a model, which must have it.
+
+    Raises:
+        ValueError: it has not; the reason.
+    """
+    try:
+        check(model, what)
+    except UnsupportedModelError as error:
+        raise ValueError(str(error)) from error
+    return what
+
+
+def width_behind(model: Any, block: int) -> int:
+    """Channels of the tokens behind a block of a class-conditional network of ours, counted from 1.
+
+    Raises:
+        ValueError: its blocks can't be read, or there is no such block.
+    """
+    readable(model, Reading(frozenset({block})))
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return hidden_after(model, block, lambda: model(**model.example_inputs())).shape[-1]
+    finally:
+        model.train(training)
 
 
 def without_autocast(tensor: Tensor) -> torch.autocast:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ditkit.seams.taps import Reading
 from ditkit.training.objectives.base import Objective, TrainingStep
 from ditkit.training.optimizers import OwnRate
 from ditkit.training.order import BatchNoise
@@ -47,6 +48,13 @@ class Objectives(nn.Module):
             if objective.learning_rate is not None and parameters:
                 rates.append(OwnRate(parameters, objective.learning_rate))
         return rates
+
+    def reads(self, step: int, progress: float) -> Reading:
+        """What all of them together read inside the network."""
+        wanted = Reading()
+        for _, objective in self._items():
+            wanted = wanted | objective.reads(step, progress)
+        return wanted
 
     def times(self, uniform: Tensor, draws: BatchNoise) -> Tensor:
         """Where in the schedule the samples lie, (B,) in [0, 1)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +30,8 @@ class Task(nn.Module):
     """
 
     Options: type[TaskOptions] = TaskOptions
+    # Gives the run's averaged parameters by name; the trainer puts its own here when it keeps an average.
+    averaged: Callable[[], dict[str, torch.Tensor]] = dict
     takes_objectives: ClassVar[bool] = False
 
     def __init__(self, run: RunConfig, folder: Path, earlier: dict[str, Path]) -> None:

@@ -8,6 +8,7 @@ export is the model's own folder (`save_pretrained`) with `process.json` beside 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from ditkit.processes.gaussian import GaussianDiffusion
 from ditkit.processes.gaussian_sampling import trajectory
 from ditkit.processes.transport import Transport
 from ditkit.processes.transport_sampling import sample_ode
+from ditkit.seams.taps import reading
 from ditkit.training import objectives
 from ditkit.training.config import ConfigError
 from ditkit.training.objectives import Setting, TrainingStep
@@ -97,8 +99,9 @@ class ClassToImageTask(Task):
     def _objectives(self) -> objectives.Objectives:
         """What the network is always trained with, and what the file asks for."""
         chosen = {**self.model.objectives, **self.run.objective}
-        facts = {"process": self.options.process, "classes": self.classes}
-        setting = Setting(self.model, self.process, self.run.batch_size, facts, self.model_folder)
+        facts = {"process": self.options.process, "classes": self.classes, "samples": len(self.pictures)}
+        averages = self.run.ema is not None
+        setting = Setting(self.model, self.process, self.run.batch_size, facts, self.model_folder, averages)
         try:
             return objectives.create(chosen, setting)
         except ValueError as error:
@@ -139,8 +142,24 @@ class ClassToImageTask(Task):
     def forward(self, indices: torch.Tensor, noise: BatchNoise) -> dict[str, torch.Tensor]:
         epsilon = noise.normal(*self.samples.shape[1:])  # (B, C, H, W)
         uniform = self.objectives.times(noise.uniform(), noise)  # (B,)
-        step = self._step(self.samples[indices], self.labels[indices], epsilon, uniform, noise)
-        return self.objectives(step)
+        wanted = self.objectives.reads(noise.step, noise.step / self.run.steps)
+        with reading(self.model, wanted) as inside:
+            step = self._step(self.samples[indices], self.labels[indices], epsilon, uniform, noise)
+
+        def pictures() -> torch.Tensor:
+            return self.pictures.images(indices.cpu().numpy()).to(epsilon.device)
+
+        seen = {"inside": inside, "pictures": pictures, "averaged": self._averaged_network}
+        return self.objectives(dataclasses.replace(step, **seen))
+
+    def _averaged_network(self) -> dict[str, torch.Tensor]:
+        """The average of the network's trained parameters, by their names in it; empty without one."""
+        prefix = "model."
+        return {
+            name.removeprefix(prefix): value
+            for name, value in self.averaged().items()
+            if name.startswith(prefix)
+        }
 
     def _step(
         self,
