@@ -1,16 +1,20 @@
-"""The worked example of CONTRIBUTING.md, taken from the page and run."""
+"""The worked examples of CONTRIBUTING.md, taken from the page and run."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any, Literal
 
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 import ditkit
@@ -18,30 +22,47 @@ import tiny_pipelines
 from ditkit import registry
 from ditkit.analysis.sampling import Sampling, sample
 from ditkit.cli import app
+from ditkit.processes.transport import Transport
+from ditkit.training.config import ConfigError, load
+from ditkit.training.trainer import train
 
 PAGE = Path(__file__).parents[1] / "CONTRIBUTING.md"
 PROMPTS = ["red apple", "blue fish"]
 SAMPLING = Sampling(steps=7, guidance=2.0)
 
 
-@pytest.fixture(scope="module")
-def example(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
-    """The example as a module in the package, gone after the tests."""
-    (source,) = re.findall(r"```python\n# src/ditkit/methods/hold\.py\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    path = tmp_path_factory.mktemp("example") / "hold.py"
+@contextmanager
+def on_the_page(kind: Literal["method", "objective"], module: str, folder: Path) -> Iterator[ModuleType]:
+    """The example that the page calls by that file, as a module in the package, gone afterwards."""
+    place, name = module.replace(".", "/"), module.rpartition(".")[2]
+    (source,) = re.findall(rf"```python\n# src/{place}\.py\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    path = folder / f"{name}.py"
     path.write_text(source)
-    registry.entries("method")
-    spec = importlib.util.spec_from_file_location("ditkit.methods.hold", path)
+    registry.entries(kind)
+    spec = importlib.util.spec_from_file_location(module, path)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = loaded
     try:
-        spec.loader.exec_module(module)
-        yield module
+        spec.loader.exec_module(loaded)
+        yield loaded
     finally:
-        registry._entries.pop(("method", "hold"), None)
+        registry._entries.pop((kind, name), None)
         del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    with on_the_page("method", "ditkit.methods.hold", tmp_path_factory.mktemp("example")) as module:
+        yield module
+
+
+@pytest.fixture(scope="module")
+def objective(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModuleType]:
+    folder = tmp_path_factory.mktemp("objective")
+    with on_the_page("objective", "ditkit.training.objectives.direction", folder) as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +110,44 @@ def test_wrong_options_are_named(example) -> None:
         registry.parse_method("hold:every=0")
     with pytest.raises(registry.OptionError, match="no option 'evry'; it has every"):
         registry.parse_method("hold:evry=2")
+
+
+def run_of(process: str, folder: Path, **objective: Any) -> Path:
+    """A training file of one step."""
+    options = {"arch": "dit", "process": process, "pixels": 8,
+               "model": {"patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 1}}  # fmt: skip
+    run = {"output": str(folder / "run"), "name": "tiny", "task": "class-to-image", "steps": 1,
+           "batch_size": 4, "precision": "no", "tracker": None, "log_every": 1,
+           "data": {"groups": ["keycap"]},
+           "task_options": options, "objective": objective}  # fmt: skip
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(run))
+    return path
+
+
+def test_the_objective_trains(objective, tmp_path) -> None:
+    train(run_of("flow", tmp_path, direction={"weight": 0.5}))
+    (row,) = map(json.loads, (tmp_path / "run/tiny/metrics.jsonl").read_text().splitlines())
+    assert row["direction"] == pytest.approx(1.0, abs=1e-6)  # the network starts at zero, in no direction
+    stage = load(run_of("flow", tmp_path), ["objective.direction.weight=2"]).stages[0]
+    assert stage.objective == {"direction": {"weight": 2}}
+    listed = CliRunner().invoke(app, ["objectives", "direction"])
+    assert listed.exit_code == 0 and "2410.10356" in listed.stdout and "weight" in listed.stdout
+
+
+def test_the_objective_is_what_it_says(objective) -> None:
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(2, 3, 4, 4, generator=generator) for _ in range(2))
+    made = objective.Direction(objective.DirectionOptions(), SimpleNamespace(process=Transport()))
+    step = SimpleNamespace(clean=clean, noise=noise, timestep=torch.rand(2), output=3 * (clean - noise))
+    torch.testing.assert_close(made.terms(step)["direction"].value, torch.zeros(2), atol=1e-6, rtol=0)
+    step.output = noise - clean
+    torch.testing.assert_close(made.terms(step)["direction"].value, torch.full((2,), 2.0))
+
+
+def test_the_objective_refuses_what_it_does_not_fit(objective, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="direction: it compares velocities"):
+        train(run_of("gaussian", tmp_path, direction=None))
 
 
 def test_the_commands_on_the_page_are_real() -> None:

@@ -42,7 +42,11 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "switch-prior": ("switch-dit", {"switch-prior": {"weight": 0.7}}),
     "multi-scale": ("dimr", {}),
     "distillation": ("lit", {"distillation": {"teacher": "TEACHER"}}),
-}
+    "repa": ("dit", {"repa": {"teacher": "TEACHER", "depth": 1, "projector": 16}}),
+    "haste": ("dit", {"haste": {"teacher": "TEACHER", "depth": 1, "projector": 16, "attention_layers": [1, 2],
+                                "teacher_layers": [2, 1], "stop_at": 0.7}}),
+    "sra": ("dit", {"sra": {"student_block": 1, "teacher_block": 2}}),
+}  # fmt: skip
 
 
 def options(arch: str, process: str = "gaussian") -> dict[str, Any]:

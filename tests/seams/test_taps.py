@@ -18,7 +18,12 @@ from tiny_models import output
 from zoo import ZOO
 
 GRIDLESS = {
-    *("StableAudioDiTModel", "StableAudio3DiTModel", "AceStepTransformer1DModel", "LongCatAudioDiTTransformer"),
+    *(
+        "StableAudioDiTModel",
+        "StableAudio3DiTModel",
+        "AceStepTransformer1DModel",
+        "LongCatAudioDiTTransformer",
+    ),
     *("MiniMaxMusic3Transformer1DModel", "MiniMaxH3Transformer3DModel"),  # sound
     *("HunyuanVideoFramepackTransformer3DModel", "HeliosTransformer3DModel"),  # frames of the past beside it
     *("SanaWMLTX2RefinerTransformer3DModel", "QwenImage21Transformer2DModel"),  # packed by lists of places

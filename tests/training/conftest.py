@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from transformers import ViTConfig, ViTModel
 
 from ditkit.training.trainer import train
 from training_recipes import options
@@ -48,5 +50,23 @@ def training_file(tmp_path: Path):
 
 @pytest.fixture
 def teacher(training_file, tmp_path: Path) -> str:
-    """The export of a short training of a DiT."""
-    return str(train(training_file("teacher", steps=2, task_options=options("dit"))))
+    """The export of a short training of a DiT; beside it lies `vision`, a small vision transformer."""
+    export = train(training_file("teacher", steps=2, task_options=options("dit")))
+    vision_transformer(export.parent / "vision")
+    return str(export)
+
+
+def vision_transformer(folder: Path) -> Path:
+    """Two layers of two heads, patches of 4 x 4, untrained."""
+    torch.manual_seed(5)
+    config = ViTConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=16,
+        patch_size=4,
+    )  # fmt: skip
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def vision(tmp_path: Path) -> str:
+    return str(vision_transformer(tmp_path / "vision"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,12 @@ from ditkit import models, registry
 from ditkit.models.dimr import multi_scale_loss
 from ditkit.models.dtr import UncertaintyWeighting, min_snr_losses
 from ditkit.models.lit import distillation_losses
+from ditkit.seams.taps import Reading, reading
 from ditkit.training.checkpoint import newest
 from ditkit.training.config import ConfigError, load
 from ditkit.training.objectives import Objective, Objectives
+from ditkit.training.objectives.haste import attention_loss, projection_loss
+from ditkit.training.objectives.sra import distances, less_noise
 from ditkit.training.order import BatchNoise, split_rows
 from ditkit.training.tasks import find
 from ditkit.training.trainer import TrainingError, train
@@ -28,7 +32,11 @@ from training_recipes import OBJECTIVES, interrupted, open_task, options, record
 def changes(name: str, teacher: str) -> dict[str, Any]:
     """A run with one of `OBJECTIVES`."""
     arch, chosen = OBJECTIVES[name]
-    chosen = {k: {**v, "teacher": teacher} if k == "distillation" else v for k, v in chosen.items()}
+    folders = {
+        "distillation": teacher,
+        **dict.fromkeys(("repa", "haste"), str(Path(teacher).parent / "vision")),
+    }
+    chosen = {k: {**v, "teacher": folders[k]} if k in folders else v for k, v in chosen.items()}
     return {"objective": chosen, "task_options": options(arch)}
 
 
@@ -49,8 +57,30 @@ def plain(task: Any, rows: Tensor, noise: BatchNoise, groups: int = 1) -> dict[s
             "dropped": dropped, "output": seen[0]}  # fmt: skip
 
 
+def aligned(name: str, task: Any, rows: Tensor, noise: BatchNoise) -> Tensor:
+    """The loss with tokens, and attention, that follow a teacher's."""
+    made = task.objectives.made[name]
+    with reading(task.model, made.reads(noise.step, 0.5)) as inside:
+        seen = plain(task, rows, noise)
+    loss, student = seen["losses"]["loss"].mean(), inside.hidden[1]
+    if name == "sra":
+        t = less_noise(task.process, seen["t"], noise.uniform(), 0.2)
+        noisy, labels = task.process.q_sample(task.samples[rows], t, seen["noise"]), seen["labels"]
+        with torch.no_grad(), reading(task.model, Reading(frozenset({2}))) as teacher:
+            task.model(noisy, t, labels, force_drop_ids=seen["dropped"])
+        return loss + 0.5 * distances(made.head(student), teacher.hidden[2], "cosine", "features").mean()
+    view = made.teachers[0](task.pictures.images(rows.numpy()), (4, 4), [1, 2])
+    loss = loss + 0.5 * projection_loss(made.projectors[0](student), view.tokens).mean()
+    if name == "repa":
+        return loss
+    ours = [inside.attention[layer].logits() for layer in (1, 2)]
+    return loss + 0.5 * attention_loss(ours, [view.attention[2], view.attention[1]]).mean()
+
+
 def direct(name: str, task: Any, rows: Tensor, noise: BatchNoise, teacher: str) -> Tensor:
     """The loss by the functions beside the architectures."""
+    if name in ("repa", "haste", "sra"):
+        return aligned(name, task, rows, noise)
     groups = 4 if name in ("uncertainty-weighting", "both") else 1
     seen = plain(task, rows, noise, groups)
     losses, t = seen["losses"], seen["t"]
@@ -111,6 +141,8 @@ def test_resume_is_bit_exact(training_file, tmp_path, monkeypatch, teacher, name
 def test_overfits_a_tiny_batch(training_file, tmp_path, teacher, name):
     run = changes(name, teacher)
     run |= {"steps": 100, "optimizer": {"lr": 4e-3}, "schedule": {"kind": "constant"}, "ema": None}
+    if name == "sra":  # its teacher
+        run["ema"] = {"decay": 0.9}
     train(training_file(data={"kind": "emoji", "groups": ["keycap", "flag"]}, checkpoint_every=1000, **run))
     curve = [row["mse"] for row in records(tmp_path / "run")]
     first, last = sum(curve[:10]) / 10, sum(curve[-20:]) / 20
@@ -121,7 +153,7 @@ SCRIPT = "import sys\nfrom ditkit.training.trainer import train\nfor path in sys
 
 
 def test_two_processes_equal_one(training_file, tmp_path, teacher):
-    names = ["both", "switch-prior", "multi-scale", "distillation"]
+    names = ["both", "switch-prior", "multi-scale", "distillation", "haste", "sra"]
     for name in names:
         train(training_file(f"one-{name}", steps=3, **changes(name, teacher)))
     paths = [training_file(f"two-{name}", steps=3, **changes(name, teacher)) for name in names]

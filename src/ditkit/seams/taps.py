@@ -200,8 +200,8 @@ def image_tokens(model: nn.Module, stack: Stack, layout: TokenLayout, output: An
             tokens = tokens[:, layout.image_span]
     if tokens.ndim != 3 or tokens.shape[1] != layout.image_length:
         raise SeamError(
-            f"{name}: a block's output of shape {tuple(tokens.shape)} has not one row for each token of a grid "
-            f"of {frames} x {height} x {width}, so its image tokens can't be read"
+            f"{name}: a block's output of shape {tuple(tokens.shape)} has not one row for each token of a "
+            f"grid of {frames} x {height} x {width}, so its image tokens can't be read"
         )
     return tokens
 

@@ -2,7 +2,8 @@
 
 A file holds one run, or `stages:` with several that run one after the other (an autoencoder before the
 transformer that works in its latents). `a.b=value` on the command line overrides a key; `stages.1.steps=100`
-reaches into a stage by its number, `transformer.steps=100` by its name.
+reaches into a stage by its number, `transformer.steps=100` by its name; a key that one stage alone has
+(`objective.haste.stop_at=0.3`) needs neither.
 """
 
 from __future__ import annotations
@@ -158,6 +159,8 @@ def _override(raw: dict[str, Any], text: str) -> None:
             node, parts = named[parts[0]], parts[1:]
         elif len(raw["stages"]) == 1:
             node = raw["stages"][0]
+        elif len(owners := [stage for stage in named.values() if parts[0] in stage]) == 1:
+            node = owners[0]
         else:
             raise ConfigError(
                 f"override {text!r}: begin with a stage name ({', '.join(map(str, named))}) or output"

@@ -47,6 +47,9 @@ class Teacher(nn.Module):
         mean, std: of the pixels in [0, 1] that it was trained with, three each.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.network: Any = getattr(network, "vision_model", network)

@@ -60,7 +60,8 @@ def attention_loss(logits: Sequence[Tensor], attention: Sequence[Tensor]) -> Ten
 
     Args:
         logits: the student's before the softmax over keys, (B, h, T, T) each.
-        attention: the teacher's after it, (B, h', T, T) each; heads are paired by index, as many as both have.
+        attention: the teacher's after it, (B, h', T, T) each. Heads are paired by index, as many as both
+            have.
     """
     losses = []
     for ours, theirs in zip(logits, attention, strict=True):
@@ -71,10 +72,11 @@ def attention_loss(logits: Sequence[Tensor], attention: Sequence[Tensor]) -> Ten
 
 
 class REPAOptions(Section):
-    """`teacher`: an earlier stage, a folder, or a repository of the hub; several are averaged. `depth`: blocks
-    before the tokens that follow it. `projector`: its hidden width. `weight`: of L_proj. `stop_at`: when the
-    alignment ends, a share of the run, or updates above 1; None: never. `teacher_pixels`: side of the
-    pictures that the teacher sees, whose tokens are then resized; None: so that the grids are the same."""
+    """`teacher`: an earlier stage, a folder, or a repository of the hub; of several the mean is taken.
+    `depth`: blocks before the tokens that follow it. `projector`: its hidden width. `weight`: of L_proj.
+    `stop_at`: when the alignment ends, as a share of the run, or, above 1, after so many updates; None:
+    never. `teacher_pixels`: side of the pictures that the teacher sees, whose tokens are then resized; None:
+    chosen so that it has a patch for each token."""
 
     teacher: str | list[str] = Field(min_length=1)
     depth: int = Field(default=8, ge=1)
@@ -193,7 +195,9 @@ class HASTE(REPA):
         readable(setting.model, self._wanted())
         there = self._teachers()[0].layers
         if wrong := [layer for layer in self._layers() if not 1 <= layer <= there]:
-            raise ValueError(f"teacher_layers: the teacher has {there} layers, counted from 1; got {wrong[0]}")
+            raise ValueError(
+                f"teacher_layers: the teacher has {there} layers, counted from 1; got {wrong[0]}"
+            )
 
     def _layers(self) -> list[int]:
         return self.options.teacher_layers if self.options.attention_weight else []

@@ -92,10 +92,10 @@ def noised(process: Process, clean: Tensor, noise: Tensor, times: Tensor) -> tup
 
 
 class SRAOptions(Section):
-    """`student_block`, `teacher_block`: k_s and k_t, counted from 1. `t_max`: of the schedule. `cosine_over`:
-    each token's `features`, or, as released, the `tokens` of each feature. `weight`: None: 0.5 for the cosine;
-    for the others 2 (flow) or 0.4 (gaussian) times 0.1^p, p from 1 on growing by 1 in `decay_epochs` behind
-    the epoch `decay_after`."""
+    """`student_block`, `teacher_block`: k_s and k_t, counted from 1. `t_max`: share of the schedule.
+    `cosine_over`: each token's `features`, or, as released, the `tokens` of each feature. `weight`: None: 0.5
+    for the cosine, for the others 2 (flow) or 0.4 (gaussian) times 0.1^p; p is 1 up to the epoch
+    `decay_after` and then grows by 1 in `decay_epochs`."""
 
     student_block: int = Field(default=4, ge=1)
     teacher_block: int = Field(default=8, ge=1)
@@ -172,9 +172,7 @@ class SRA(Objective):
             return hidden_after(
                 step.model,
                 self.options.teacher_block,
-                lambda: functional_call(
-                    step.model, averaged, (noisy, model_timestep, step.labels), named
-                ),
+                lambda: functional_call(step.model, averaged, (noisy, model_timestep, step.labels), named),
             )
         finally:
             step.model.train(training)

@@ -14,6 +14,7 @@ _HOMES = {
     "video-autoencoder": "ditkit.training.tasks.video_autoencoder:VideoAutoencoderTask",
     "video-text-encoder": "ditkit.training.tasks.video_text_encoder:VideoTextEncoderTask",
     "text-to-video": "ditkit.training.tasks.text_to_video:TextToVideoTask",
+    "teacher": "ditkit.training.tasks.teacher:TeacherTask",
     "class-to-image": "ditkit.training.tasks.class_to_image:ClassToImageTask",
 }
 
