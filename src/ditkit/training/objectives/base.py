@@ -129,7 +129,7 @@ class Objective(nn.Module):
     are not trained must be frozen (`requires_grad_(False)`), and are rebuilt at the start.
 
     Attributes:
-        claims: what only one objective may do: "times", "error".
+        claims: what only one objective may do: "times", "error", "alignment" with a vision transformer.
         learning_rate: of its own parameters, without weight decay; None: as the run's.
     """
 
