@@ -42,6 +42,11 @@ class ClassConditionalModel(ModelMixin, ConfigMixin, CacheMixin):
             return checkpoint(block, *arguments)
         return block(*arguments)
 
+    @property
+    def text_channels(self) -> int | None:
+        """Width of the text states it reads; None: it reads no text."""
+        return None
+
     def example_inputs(self) -> dict[str, Tensor]:
         """Arguments of a forward of one sample at the size the model was built for, all zero, on the current
         device."""
