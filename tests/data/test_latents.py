@@ -127,7 +127,9 @@ class TestDamage:
             file.unlink()
         else:
             file.write_bytes(bytes(content) if how == "flipped" else bytes(content[: len(content) // 2]))
-        with pytest.raises(LatentCacheError, match=rf"latents-00001\{suffix}.*run the same `ditkit data") as error:
+        with pytest.raises(
+            LatentCacheError, match=rf"latents-00001\{suffix}.*run the same `ditkit data"
+        ) as error:
             LatentSet(cached)
         assert "00000" not in str(error.value)
         before = times(cached)

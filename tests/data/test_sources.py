@@ -41,7 +41,10 @@ class TestFolder:
 
     @pytest.mark.parametrize("kind", ["jsonl", "csv"])
     def test_metadata(self, tree: Path, kind: str) -> None:
-        rows = [("red/red_square-0.png", "a dark, red square", "warm"), ("blue/blue_square-1.png", "sea", "cold")]
+        rows = [
+            ("red/red_square-0.png", "a dark, red square", "warm"),
+            ("blue/blue_square-1.png", "sea", "cold"),
+        ]
         if kind == "jsonl":
             lines = [json.dumps({"file_name": n, "text": t, "mood": m}) for n, t, m in rows]
         else:
@@ -213,7 +216,9 @@ class TestHuggingFace:
             "text": [f"a {colour} square" for colour in COLOURS for _ in range(2)],
         }
         datasets.disable_progress_bars()
-        datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows, features)}).save_to_disk(tmp_path / "set")
+        datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows, features)}).save_to_disk(
+            tmp_path / "set"
+        )
         return tmp_path / "set"
 
     def test_a_saved_set(self, saved: Path) -> None:
@@ -229,17 +234,15 @@ class TestHuggingFace:
         for option in ("image_column", "label_column", "text_column"):
             with pytest.raises(ValueError, match=f"{option}: no column 'other'.*image, label, text"):
                 opened(kind="huggingface", path=saved, **{option: "other"})
-        with pytest.raises(ValueError, match="'text' of .* holds no pictures"):
+        with pytest.raises(ValueError, match=r"'text' of .* holds no pictures"):
             opened(kind="huggingface", path=saved, image_column="text")
-        with pytest.raises(ValueError, match="no split 'test'.*train"):
+        with pytest.raises(ValueError, match=r"no split 'test'.*train"):
             opened(kind="huggingface", path=saved, subset="test")
 
     def test_a_damaged_picture(self, tmp_path: Path) -> None:
         datasets = pytest.importorskip("datasets")
         images = [{"bytes": encoded("red"), "path": None}, {"bytes": b"bad", "path": None}]
-        table = datasets.Dataset.from_dict(
-            {"image": images}, datasets.Features({"image": datasets.Image()})
-        )
+        table = datasets.Dataset.from_dict({"image": images}, datasets.Features({"image": datasets.Image()}))
         table.save_to_disk(tmp_path / "set")
         pictures = opened(kind="huggingface", path=tmp_path / "set")
         assert len(pictures) == 1 and pictures.skipped[0].startswith("train/1")

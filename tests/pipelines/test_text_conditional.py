@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -27,10 +27,15 @@ both = pytest.mark.parametrize("arch", TINY)
 
 
 def encoder(kind: str, tokenizer: Any) -> Any:
-    ids = {"pad_token_id": tokenizer.convert_tokens_to_ids(PAD), "eos_token_id": tokenizer.convert_tokens_to_ids(END)}
+    ids = {
+        "pad_token_id": tokenizer.convert_tokens_to_ids(PAD),
+        "eos_token_id": tokenizer.convert_tokens_to_ids(END),
+    }
     size = len(tokenizer)
     if kind == "t5":
-        return T5EncoderModel(T5Config(vocab_size=size, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2, **ids))
+        return T5EncoderModel(
+            T5Config(vocab_size=size, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2, **ids)
+        )
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=size, hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
@@ -42,7 +47,13 @@ def encoder(kind: str, tokenizer: Any) -> Any:
 def pipeline(arch: str = "pt-dit", process: Any = "flow", kind: str = "t5", **config: Any) -> Any:
     torch.manual_seed(0)
     tokenizer = word_tokenizer(["red apple", "blue fish in the sea"], 8)
-    settings = {"input_size": 8, "in_channels": 3, "learn_sigma": process == "gaussian", **TINY[arch], **config}
+    settings = {
+        "input_size": 8,
+        "in_channels": 3,
+        "learn_sigma": process == "gaussian",
+        **TINY[arch],
+        **config,
+    }
     network = models.create(arch, **text_settings(arch, 24), **settings).eval()
     with torch.no_grad():
         for parameter in network.parameters():
@@ -90,7 +101,9 @@ def test_guidance_is_between_the_text_and_the_empty_one(arch: str) -> None:
             for texts in (["red apple", "blue fish"], ["", ""])
         )
     guided = torch.cat([(without + 3 * (with_text - without))[:, :2], with_text[:, 2:]], 1)
-    torch.testing.assert_close(found, start + guided, atol=1e-4, rtol=1e-4)  # one Euler step from noise to data
+    torch.testing.assert_close(
+        found, start + guided, atol=1e-4, rtol=1e-4
+    )  # one Euler step from noise to data
     torch.testing.assert_close(plain, start + with_text, atol=1e-4, rtol=1e-4)
 
 

@@ -24,7 +24,10 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 TEXTS = {
     "max_length": 8, "components": 4, "feature_size": 8,
-    "clip": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": 16},
+    "clip": {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "projection_dim": 16,
+    },
     "t5": {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0},
 }  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
@@ -40,7 +43,10 @@ def text_file(tmp_path: Path, tree: Path):  # noqa: F811
     def write(output: str = "run", arch: str = "pt-dit", options: Any = None, **changes: Any) -> Path:
         pictures = {"kind": "folder", "path": str(tree), "size": 16, "split": "all"}
         stages = [
-            {**COMMON, "name": "text_encoders", "task": "text-encoders", "steps": 2, "data": pictures, "task_options": TEXTS},
+            {
+                **COMMON, "name": "text_encoders", "task": "text-encoders", "steps": 2, "data": pictures,
+                "task_options": TEXTS,
+            },
             {
                 **COMMON, "name": "tiny", "task": "text-conditional", "steps": 4, "data": pictures,
                 "optimizer": {"lr": 1e-3},
@@ -144,7 +150,14 @@ def test_bad_options_are_named(text_file, changes: dict[str, Any], message: str)
 def test_the_bundled_configuration(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """configs/pt_dit_text_emoji.yaml, two steps of each stage."""
     recipe = request.config.rootpath / "configs" / "pt_dit_text_emoji.yaml"
-    quick = ["steps=2", "batch_size=4", "data.groups=[keycap]", "data.every={}", "tracker=null", "precision='no'"]
+    quick = [
+        "steps=2",
+        "batch_size=4",
+        "data.groups=[keycap]",
+        "data.every={}",
+        "tracker=null",
+        "precision='no'",
+    ]
     changes = [f"{stage}.{change}" for stage in ("text_encoders", "transformer") for change in quick]
     changes += ["text_encoders.task_options.components=4", "transformer.task_options.preview=[]"]
     export = train(recipe, [f"output={tmp_path / 'run'}", *changes])

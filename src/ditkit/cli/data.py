@@ -11,7 +11,9 @@ from ditkit.cli.common import UsageError, console, guarded, listed, writable_fil
 
 
 def add_to(app: typer.Typer) -> None:
-    data = typer.Typer(help="Look at the data sets that ship with ditkit; encode pictures once.", no_args_is_help=True)
+    data = typer.Typer(
+        help="Look at the data sets that ship with ditkit; encode pictures once.", no_args_is_help=True
+    )
     data.command(epilog="Example: ditkit data emoji --preview sheet.png")(guarded(emoji))
     data.command(epilog="Example: ditkit data motion --preview clips.gif")(guarded(motion))
     data.command(

@@ -53,7 +53,10 @@ def _record(
     label = row.get(label_column) if label_column else None
     name = file.relative_to(folder).as_posix()
     return Record(
-        name, str(caption).strip(), file.parent.name if label is None else str(label), partial(file.open, "rb")
+        name,
+        str(caption).strip(),
+        file.parent.name if label is None else str(label),
+        partial(file.open, "rb"),
     )
 
 
@@ -64,7 +67,9 @@ def _metadata(folder: Path, label_column: str | None) -> dict[Path, dict[str, An
         read = _read_jsonl if file.suffix == ".jsonl" else _read_csv
         for line, row in read(file):
             if not row.get("file_name"):
-                raise ValueError(f"{file}, line {line}: no file_name; it has {', '.join(map(str, row)) or 'nothing'}")
+                raise ValueError(
+                    f"{file}, line {line}: no file_name; it has {', '.join(map(str, row)) or 'nothing'}"
+                )
             if label_column and label_column not in row:
                 raise ValueError(
                     f"{file}, line {line}: no column {label_column!r} (data.label_column); "

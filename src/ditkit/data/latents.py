@@ -105,14 +105,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / MANIFEST
     if not file.is_file():
         raise LatentCacheError(
-            f"{folder} has no {MANIFEST}: `ditkit data cache-latents` was not there, or not to its end; run it "
-            "(again), it goes on where it stopped"
+            f"{folder} has no {MANIFEST}: `ditkit data cache-latents` did not come to its end; run it again, "
+            "it goes on where it stopped"
         )
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
         known = facts["format"] == FORMAT and isinstance(facts["shards"], list)
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise LatentCacheError(f"{file} is damaged ({error!r}): run `ditkit data cache-latents` again") from error
+        raise LatentCacheError(
+            f"{file} is damaged ({error!r}): run `ditkit data cache-latents` again"
+        ) from error
     if not known:
         raise LatentCacheError(f"{file} is of format {facts['format']!r}, this version reads {FORMAT}")
     return facts
@@ -135,8 +137,8 @@ def read_shard(folder: Path, shard: dict[str, Any]) -> tuple[torch.Tensor, dict[
         if hashlib.sha256(content).hexdigest() != digest:
             state = f"of {len(content)} bytes is not the one that was written" if content else "is missing"
             raise LatentCacheError(
-                f"shard {file} {state}: run the same `ditkit data cache-latents` again, which makes that shard "
-                "anew and keeps the others"
+                f"shard {file} {state}: run the same `ditkit data cache-latents` again, which makes that "
+                "shard anew and keeps the others"
             )
         contents.append(content)
     return safetensors.load(contents[0])["latents"], json.loads(contents[1])["rows"]

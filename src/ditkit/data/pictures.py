@@ -60,7 +60,8 @@ def open_records(data: DataConfig) -> Records:
         return _emoji_records(data.groups)
     if data.path is None or data.kind in ("emoji-motion", "latents"):
         raise ValueError(
-            f"data.kind: this task needs pictures, emoji, folder, webdataset or huggingface (got {data.kind!r})"
+            "data.kind: this task needs pictures, emoji, folder, webdataset or huggingface "
+            f"(got {data.kind!r})"
         )
     columns = {"text_column": data.text_column, "label_column": data.label_column}
     if data.kind == "folder":

@@ -96,9 +96,7 @@ def _shard(shard: Path, text_column: str | None, label_column: str | None) -> li
         ) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"shard {shard}: a text that is not UTF-8: {error}") from error
-    return [
-        _record(shard, key, place, texts, text_column, label_column) for key, place in pictures.items()
-    ]
+    return [_record(shard, key, place, texts, text_column, label_column) for key, place in pictures.items()]
 
 
 def _check_end(shard: Path, end: int) -> None:

@@ -52,6 +52,7 @@ class ClassConditionalModel(ModelMixin, ConfigMixin, CacheMixin):
         """Width of the text states it reads; None: it reads no text."""
         return None
 
+    @property
     def predicted_channels(self) -> int:
         """Channels of what `forward` returns."""
         return self.out_channels

@@ -222,6 +222,6 @@ def _is_flow(scheduler: Any) -> bool:
 
 
 def _learns_variance(scheduler: Any) -> bool:
-    """Whether a scheduler takes the model's variance; `from_config` copies the option to those that have none."""
+    """Whether a scheduler takes the model's variance; `from_config` gives the option to any other too."""
     known = "variance_type" in inspect.signature(type(scheduler).__init__).parameters
     return known and str(scheduler.config.get("variance_type", "")).startswith("learned")

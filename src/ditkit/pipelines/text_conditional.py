@@ -104,7 +104,9 @@ class TextConditionalPipeline(DenoisingPipeline):
         noise = self._noise(len(prompts) * num_images_per_prompt, height, width, generator, latents)
         without = None
         if guidance_scale != 1:
-            negative = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
+            negative = (
+                [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
+            )
             if len(negative) != len(prompts):
                 raise ValueError(f"negative_prompt: {len(negative)} texts for {len(prompts)} prompts")
             without = self.encode_prompt(negative, num_images_per_prompt)

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from ditkit.data.config import Section
+from ditkit.models import model_folder
 from ditkit.training.config import ConfigError, RunConfig
 from ditkit.training.optimizers import OwnRate
 from ditkit.training.order import BatchNoise
@@ -68,7 +69,7 @@ class Task(nn.Module):
             ValueError: there is neither.
         """
         folder = self.stage_folder(name) if name in self.earlier else Path(name)
-        if not (folder / "config.json").is_file():
+        if not (model_folder(folder) / "config.json").is_file():
             raise ValueError(f"no stage before this one and no model folder (config.json) is called {name!r}")
         return folder
 

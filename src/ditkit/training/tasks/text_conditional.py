@@ -37,9 +37,9 @@ ENCODERS: dict[str, tuple[str, Any]] = {
 
 
 class TextConditionalOptions(TaskOptions):
-    """`process`: `gaussian` trains noise and variance, `flow` velocity on the linear path. `text_encoders`: an
-    earlier stage or a folder like its export. `preview`: captions of the sample pictures; `storage`: dtype of
-    the exported weights."""
+    """`process`: `gaussian` trains noise and variance, `flow` velocity on the linear path. `text_encoders`:
+    an earlier stage or a folder like its export. `preview`: captions of the sample pictures; `storage`: dtype
+    of the exported weights."""
 
     arch: str
     model: dict[str, Any] = {}
@@ -169,7 +169,7 @@ class TextConditionalTask(Task):
 
     def pipeline(self) -> TextConditionalPipeline:
         """A pipeline over this task's modules."""
-        learned = self.model.out_channels > self.model.in_channels
+        learned = self.model.predicted_channels > self.model.in_channels
         return TextConditionalPipeline(
             tokenizer=self.tokenizer,
             text_encoder=self.text_encoder,
