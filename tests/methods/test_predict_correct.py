@@ -55,8 +55,8 @@ def test_without_a_known_end_gaps_are_even() -> None:
         assert run.report().computed_at == computed
 
 
-def drawn(degree: int, steps: int, scheduler: Any, *methods: PredictCorrect) -> Tensor:
-    """The final state where the prediction is a polynomial in the noise level, whatever the state."""
+def drawn(degree: float, steps: int, scheduler: Any, *methods: PredictCorrect) -> Tensor:
+    """The final state where the prediction is a power of the noise level, whatever the state."""
     pipe = Pipe(FLUX.model(), FLUX, scheduler)
     direction = torch.randn(1, 16, 4, generator=torch.Generator().manual_seed(0))
 
@@ -85,6 +85,18 @@ def test_exact_on_polynomials(shift: float) -> None:
         error = float((found - dense).abs().max())
         # An order-2 predictor alone has too few samples at its first forecasts.
         assert (error < 1e-5) is exact, (order, corrector, error)
+
+
+@pytest.mark.parametrize("interval", [2, 3, 5])
+@pytest.mark.parametrize("bend", [1.0, 1.5, 2.5])
+def test_the_corrector_helps_where_the_prediction_is_smooth(interval: int, bend: float) -> None:
+    """Also where steps are computed one after the other, so that gaps fall out of the polynomial."""
+    dense = drawn(0.5, 30, FlowMatchEulerDiscreteScheduler())
+    errors = []
+    for corrector in (0, 2, 3):
+        method = PredictCorrect(interval, bend=bend, corrector=corrector)
+        errors.append(float((drawn(0.5, 30, FlowMatchEulerDiscreteScheduler(), method) - dense).norm()))
+    assert max(errors[1:]) < errors[0], errors
 
 
 def test_euler_in_sigma() -> None:

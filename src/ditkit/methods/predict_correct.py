@@ -160,7 +160,8 @@ class _Outputs(OutputCache):
                 Trajectory(highest, "newton", torch.float32), output.dtype
             )
         x, to = step.at("sigma"), step.euler_to
-        if track.skipped:
+        new = bool(track.skipped)
+        if new:
             track.gaps.append((track.skipped, _moved(track.series, track.skipped, options.order)))
             track.skipped = []
         # Copied: what a pipeline does to its prediction must not reach the series.
@@ -169,7 +170,8 @@ class _Outputs(OutputCache):
             return None
         moves = [(gap, _moved(track.series, gap, options.corrector)) for gap, _ in track.gaps]
         missing = sum(now - then for (_, now), (_, then) in zip(moves, track.gaps, strict=True))
-        track.gaps = moves[-1:] if options.corrector > 1 else []
+        # Once more at the next computed step; after it, the gap no longer lies within the polynomial.
+        track.gaps = moves[-1:] if new and options.corrector > 1 else []
         return (output.float() + missing / (to - x)).to(output.dtype)
 
     def recall(self, step: Step) -> Tensor:
