@@ -14,6 +14,8 @@ from PIL import Image
 import ditkit as package
 from data.conftest import autoencoder, tree  # noqa: F401  (fixtures)
 from ditkit.pipelines.class_conditional import ClassConditionalPipeline
+from ditkit.seams.facts.ours import REFUSED
+from pipelines.test_text_conditional import pipeline as text_pipeline
 from training.conftest import TINY_DIT
 
 
@@ -64,6 +66,21 @@ def test_with_a_method(ditkit, exported: dict[str, Path]) -> None:
     assert dense.exit_code == fast.exit_code == 0, fast.output
     assert "forecast" in fast.stderr
     assert Path("a-1.png").read_bytes() != Path("b-1.png").read_bytes()
+
+
+@pytest.mark.parametrize("arch", ["pt-dit", "dico"])
+def test_a_text_and_a_method_that_can_not_work(ditkit, tmp_path: Path, arch: str) -> None:
+    text_pipeline(arch).save_pretrained("texts")
+    drawn = ditkit(
+        "generate 'red apple' 'blue fish' --model texts --steps 2 --guidance 2 --size 16 --out a.png"
+    )
+    assert drawn.exit_code == 0, drawn.output
+    with Image.open("a-2.png") as image:
+        assert image.size == (16, 16)
+    refused = ditkit("generate 'red apple' --model texts --steps 2 --with taylorseer:interval=2 --out b.png")
+    cls = {"pt-dit": "PTDiT", "dico": "DiCo"}[arch]
+    assert refused.exit_code == 2 and REFUSED[cls] in " ".join(refused.stderr.split())
+    assert not Path("b.png").exists()
 
 
 def test_the_folder_is_a_pipeline(exported: dict[str, Path]) -> None:

@@ -232,7 +232,8 @@ class ClassToImageTask(Task):
     def export(self, folder: Path) -> None:
         learned = self.model.predicted_channels > self.model.in_channels
         scheduler = scheduler_for(self.options.process, learned, clip=self.autoencoder is None)
-        pipe = ClassConditionalPipeline(self.model, scheduler, self.autoencoder, self.classes)
+        names = self.classes if len(self.classes) == self.model.y_embedder.num_classes else None
+        pipe = ClassConditionalPipeline(self.model, scheduler, self.autoencoder, names)
         pipe.save_pretrained(folder)
         facts = {
             "process": self.options.process,

@@ -77,13 +77,17 @@ class TextConditionalTask(Task):
         self.text_encoder = cls.from_pretrained(texts / part).requires_grad_(options.train_text_encoder)
         samples = network_samples(self.pictures, self.autoencoder, options.pixels)
         self.register_buffer("samples", samples, persistent=False)  # (N, C, H, W)
-        for name, captions in (("", need_captions(self.pictures)), ("no_", [""])):
-            tokens, mask = self._tokenize(captions)
-            kind = ("tokens", "masks") if not name else ("tokens", "mask")
-            self.register_buffer(name + kind[0], tokens, persistent=False)  # (N or 1, T)
-            self.register_buffer(name + kind[1], mask, persistent=False)
+        tokens, masks = self._tokenize(need_captions(self.pictures))
+        self.register_buffer("tokens", tokens, persistent=False)  # (N, T)
+        self.register_buffer("masks", masks, persistent=False)  # (N, T)
+        no_tokens, no_mask = self._tokenize([""])
+        self.register_buffer("no_tokens", no_tokens, persistent=False)  # (1, T)
+        self.register_buffer("no_mask", no_mask, persistent=False)  # (1, T)
         self.model = self._build()
-        self.process = GaussianDiffusion.create(1000) if options.process == "gaussian" else Transport()
+        self.learned = self.model.predicted_channels > self.model.in_channels
+        variance = "learned_range" if self.learned else "fixed_small"
+        gaussian = options.process == "gaussian"
+        self.process = GaussianDiffusion.create(1000, variance=variance) if gaussian else Transport()
 
     def _build(self) -> Any:
         options = self.options
@@ -169,12 +173,11 @@ class TextConditionalTask(Task):
 
     def pipeline(self) -> TextConditionalPipeline:
         """A pipeline over this task's modules."""
-        learned = self.model.predicted_channels > self.model.in_channels
         return TextConditionalPipeline(
             tokenizer=self.tokenizer,
             text_encoder=self.text_encoder,
             transformer=self.model,
-            scheduler=scheduler_for(self.options.process, learned, clip=self.autoencoder is None),
+            scheduler=scheduler_for(self.options.process, self.learned, clip=self.autoencoder is None),
             vae=self.autoencoder,
         )
 
