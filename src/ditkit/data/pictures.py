@@ -115,11 +115,11 @@ def class_labels(pictures: Any, classes: list[str] | None = None) -> tuple[torch
             f"{names.count(None)} of {len(names)} pictures have no class: name the column with "
             "data.label_column, or put a .cls file beside each picture of a shard"
         )
-    classes = classes or getattr(pictures, "class_names", None) or classes_of(names)
-    if unknown := sorted(set(names) - set(classes)):
-        raise ValueError(f"classes {unknown[:5]} are not among those of training, {classes[:5]} ...")
-    places = {name: place for place, name in enumerate(classes)}
-    return torch.tensor([places[name] for name in names]), classes
+    known: list[str] = classes or getattr(pictures, "class_names", None) or classes_of(names)
+    if unknown := sorted(set(names) - set(known)):
+        raise ValueError(f"classes {unknown[:5]} are not among those of training, {known[:5]} ...")
+    places = {name: place for place, name in enumerate(known)}
+    return torch.tensor([places[name] for name in names]), known
 
 
 def classes_of(names: Iterable[str]) -> list[str]:

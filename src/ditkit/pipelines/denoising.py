@@ -157,8 +157,8 @@ class DenoisingPipeline(DiffusionPipeline):
             {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
         )
         latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
-        progress_bar: Any = self.progress_bar
-        for index, timestep in enumerate(progress_bar(scheduler.timesteps)):
+        pipe: Any = self
+        for index, timestep in enumerate(pipe.progress_bar(scheduler.timesteps)):
             state = latents if flow else scheduler.scale_model_input(latents, timestep)
             t = timestep.expand(len(latents))
             if flow:  # diffusers' time runs from data (0) to noise, ours from noise to data

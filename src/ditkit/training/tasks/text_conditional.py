@@ -115,15 +115,16 @@ class TextConditionalTask(Task):
         return folder
 
     def _open_autoencoder(self) -> Any:
-        cached = isinstance(self.pictures, LatentSet)
-        if self.options.pixels and (cached or self.options.autoencoder):
-            raise ConfigError(f"{self.run.name}.task_options: pixels and latents exclude each other")
-        if cached:
-            folder = self.pictures.autoencoder
-        elif self.options.autoencoder is None:
+        options = self.options
+        cached = self.pictures.autoencoder if isinstance(self.pictures, LatentSet) else None
+        if (options.pixels, options.autoencoder, cached).count(None) < 2:
+            raise ConfigError(
+                f"{self.run.name}.task_options: pixels, autoencoder and cached latents, which bring their "
+                "own, exclude each other"
+            )
+        if cached is None and options.autoencoder is None:
             return None
-        else:
-            folder = self._folder("autoencoder", "config.json")
+        folder = cached or self._folder("autoencoder", "config.json")
         autoencoder: Any = AutoencoderKL.from_pretrained(folder)
         autoencoder.register_to_config(_name_or_path="")  # no folder of a run in what it exports
         return autoencoder.requires_grad_(False)
