@@ -115,11 +115,13 @@ class ClassToImageTask(Task):
             losses = self.transport.training_losses(network, clean, epsilon, times)
         return {name: value.mean() for name, value in losses.items()}
 
-    def heldout_loss(self) -> dict[str, float]:
+    def heldout_loss(self, seed: int | None = None) -> dict[str, float]:
+        """Losses on the held-out pictures; `seed` of the noise: the run's own unless given."""
         pictures = open_pictures(self.run.data, "heldout")
         labels = class_labels(pictures, self.classes)[0]
         rows = torch.arange(len(pictures))
-        noise = BatchNoise(self.run.seed, 0, len(pictures), rows, self.samples.device)
+        seed = self.run.seed if seed is None else seed
+        noise = BatchNoise(seed, 0, len(pictures), rows, self.samples.device)
         return {
             name: float(value) for name, value in self._losses(self._encode(pictures), labels, noise).items()
         }
@@ -127,7 +129,10 @@ class ClassToImageTask(Task):
     def draw(self) -> Image.Image:
         """One row of eight for each of the first eight classes, without guidance."""
         classes = torch.arange(min(8, len(self.classes))).repeat_interleave(8)
-        generator = torch.Generator().manual_seed(mix(self.run.seed, 3))
+        return grid(self.sample(classes, torch.Generator().manual_seed(mix(self.run.seed, 3))), columns=8)
+
+    def sample(self, classes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Pictures (B, 3, h, w) in [-1, 1] of classes (B,), without guidance; the noise is `generator`'s."""
         start = torch.randn(len(classes), *self.samples.shape[1:], generator=generator)
 
         def network(state: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -142,7 +147,7 @@ class ClassToImageTask(Task):
             )[-1]
         if self.autoencoder is not None:
             images = decode_pictures(self.autoencoder, images)
-        return grid(images, columns=8)
+        return images
 
     def export(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
