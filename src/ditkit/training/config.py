@@ -140,6 +140,8 @@ def explain(error: ValidationError) -> str:
 
 def _explain(error: Any) -> str:
     where = ".".join(map(str, error["loc"])) or "file"
+    if error["type"] == "value_error":  # our own words, which say what was seen
+        return f"{where}: {error['ctx']['error']}"
     seen = "" if error["type"] in ("missing", "extra_forbidden") else f" (got {error['input']!r})"
     if error["type"] == "extra_forbidden":
         return f"{where}: no such key"
@@ -183,9 +185,7 @@ def assign(node: Any, parts: list[str], value: str, text: str) -> None:
     for part in path:
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
-                raise ConfigError(
-                    f"override {text!r}: {part!r} is not one of the {len(node)} items' numbers"
-                )
+                raise ConfigError(f"override {text!r}: {part!r} is not one of the {len(node)} items' numbers")
             node = node[int(part)]
         else:
             node = node.setdefault(part, {})

@@ -282,6 +282,7 @@ class Trainer:
     def _restore(self) -> None:
         saved = ckpt.newest(self.folder / "checkpoints")
         if saved is None:
+            self._forget_records_after(0)
             return
         if set(saved.tensors["model"]) != set(self.names):
             raise TrainingError(

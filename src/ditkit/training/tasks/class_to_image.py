@@ -134,6 +134,7 @@ class ClassToImageTask(Task):
     def sample(self, classes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Pictures (B, 3, h, w) in [-1, 1] of classes (B,), without guidance; the noise is `generator`'s."""
         start = torch.randn(len(classes), *self.samples.shape[1:], generator=generator)
+        start, classes = start.to(self.samples.device), classes.to(self.samples.device)
 
         def network(state: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return self.model(state, t, classes, return_dict=False)[0].float()
