@@ -93,7 +93,8 @@ def compare(
         left = (len(jobs) - number) * sum(took) / len(took) / 60
         told(f"{run.failure or 'finished'}; {took[-1]:.0f} s, about {left:.0f} minutes left")
         write(result, file, measure)
-    write(result, file, measure)
+    if not took:
+        write(result, file, measure)
     if not any(entry.finished for entry in entries):
         reasons = "; ".join(f"{entry.name}: {entry.state}" for entry in entries)
         raise CompareError(f"every model failed: {reasons}")

@@ -172,6 +172,7 @@ def _merged(common: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     merged = dict(common)
     for key, value in changes.items():
         there = merged.get(key)
-        both = isinstance(value, dict) and isinstance(there, dict)
-        merged[key] = _merged(there, value) if both else value
+        if isinstance(value, dict) and isinstance(there, dict):
+            value = _merged(there, value)
+        merged[key] = value
     return merged
