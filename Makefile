@@ -35,7 +35,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 ledger: $(VENV)/.package
-	$(BIN)/python benchmarks/ledger.py
+	$(BIN)/python -m benchmarks.ledger
 
 clean:
 	rm -rf $(VENV) $(OUT) build dist .pytest_cache .ruff_cache .hypothesis src/*.egg-info

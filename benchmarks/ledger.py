@@ -1,7 +1,7 @@
 """docs/ledger.md from the results of all benchmarks: each claim, what was measured for it, its limit.
 
-python benchmarks/ledger.py            # from what lies in benchmarks/results
-python benchmarks/ledger.py --check    # exit code 1 when docs/ledger.md is not what the results say
+python -m benchmarks.ledger            # from what lies in benchmarks/results
+python -m benchmarks.ledger --check    # exit code 1 when docs/ledger.md is not what the results say
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from record import RESULTS
-
+from benchmarks.record import RESULTS
 from ditkit.files import write_text
 
 LEDGER = Path(__file__).parents[1] / "docs" / "ledger.md"
 HEAD = """# Ledger
 
 What is promised for each system, and what this repository's own benchmarks measured for it. Written by
-`make ledger` from `benchmarks/results/*.json`; each script in `benchmarks/` fills one of them. Times are
+`make ledger` from `benchmarks/results/`; each script in `benchmarks/` fills one of them. Times are
 medians of interleaved runs on the machine named below each table, as ratios; errors are relative L2 distances
 of the final latents to dense sampling from the same noise.
 """
@@ -35,8 +34,12 @@ def ledger(results: Path) -> str:
         results: folder of the JSON files that the benchmarks wrote.
     """
     claims = [
-        {**claim, "file": path.stem, "machine": found.get("machine", {})}
-        for path in sorted(results.glob("*.json"))
+        {
+            **claim,
+            "file": path.relative_to(results).with_suffix("").as_posix(),
+            "machine": found.get("machine", {}),
+        }
+        for path in sorted(results.rglob("*.json"))
         for found in [json.loads(path.read_text(encoding="utf-8"))]
         for claim in found["claims"]
     ]

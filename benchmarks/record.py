@@ -1,7 +1,8 @@
 """What a benchmark writes: claims beside what was measured for them, and the figures behind.
 
-Every script here takes `--json FILE` (by default its own name under `benchmarks/results/`); `ledger.py` turns
-all of them into `docs/ledger.md`.
+Every script below takes `--json FILE` (by default its own place under `benchmarks/results/`); `ledger.py`
+turns all of them into `docs/ledger.md`. They run as modules, from the top of the repository:
+`python -m benchmarks.methods.taylorseer`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 
 from ditkit.files import write_text
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,8 @@ class Claim:
 def arguments(script: str, description: str | None) -> argparse.ArgumentParser:
     """A parser with the options that all scripts have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
-    name = Path(script).stem
-    parser.add_argument(
-        "--json", type=Path, default=RESULTS / f"{name}.json", help="where to write the result"
-    )
+    place = Path(script).resolve().relative_to(HERE).with_suffix(".json")
+    parser.add_argument("--json", type=Path, default=RESULTS / place, help="where to write the result")
     return parser
 
 
@@ -54,7 +54,7 @@ def write(path: Path, claims: list[Claim], machine: dict[str, Any], **figures: A
     found = {"claims": [asdict(claim) for claim in claims], "machine": machine, **figures}
     write_text(path, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     print(path)
-    if path.parent == RESULTS:
-        from ledger import LEDGER, ledger
+    if RESULTS in path.resolve().parents:
+        from benchmarks.ledger import LEDGER, ledger
 
         print(write_text(LEDGER, ledger(RESULTS)))

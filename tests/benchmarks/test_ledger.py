@@ -7,36 +7,31 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from benchmarks import ledger, record
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.fixture
-def modules(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    import ledger
-    import record
-
-    return ledger, record
-
-
 def test_the_committed_page_is_what_the_results_say() -> None:
     done = subprocess.run(
-        [sys.executable, str(FOLDER / "ledger.py"), "--check"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "benchmarks.ledger", "--check"],
+        cwd=FOLDER.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, "run `make ledger`" + done.stderr
 
 
 def test_every_result_has_its_script() -> None:
-    for path in (FOLDER / "results").glob("*.json"):
-        assert (FOLDER / f"{path.stem}.py").exists(), path.name
+    for path in (FOLDER / "results").rglob("*.json"):
+        script = FOLDER / path.relative_to(FOLDER / "results").with_suffix(".py")
+        assert script.exists(), path.name
         for claim in json.loads(path.read_text())["claims"]:
             assert claim["measured"], claim
 
 
-def test_a_claim_becomes_a_line(modules, tmp_path: Path) -> None:
-    ledger, record = modules
+def test_a_claim_becomes_a_line(tmp_path: Path) -> None:
     claims = [
         record.Claim("a-system", "twice as fast", "paper", "1.7 | 1.8 times", False, "small pictures"),
         record.Claim("a-system", "half the memory", "paper", "0.5", True),

@@ -1,6 +1,6 @@
 """A very small DiT and SiT learn a toy set on one thread: the whole chain from loss to guided samples.
 
-`benchmarks/dit_toy.py` measures the same on a larger one.
+`benchmarks/architectures/dit.py` measures the same on a larger one.
 """
 
 from __future__ import annotations

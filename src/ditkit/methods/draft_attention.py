@@ -12,7 +12,8 @@ Beyond the paper: any grid (a tile that sticks out is averaged and read without 
 or absent, padded text masked for each sample, and a map for each sample of a batch (the authors' guidance
 variant has one for each half). A threshold over the whole map can leave a tile of queries without keys, which
 the authors' kernel answers with zeros or NaN, and which gets zeros here; with `empty_rows="best"` it reads
-the tile it scores best and itself (no nearer to dense in benchmarks/sparse_attention.py, so not the default).
+the tile it scores best and itself (no nearer to dense in benchmarks/methods/sparse_attention.py, so not the
+default).
 
 B batch, h heads, L tokens of the sequence, N image tokens, S tiles, d head dim.
 """

@@ -22,8 +22,8 @@ from ditkit.seams.layout import TokenLayout
 
 Executor = Literal["auto", "dense", "gather", "flex"]
 
-# Measured on CPU (benchmarks/attention_executors.py): above this share of pairs, or below this many tokens, a
-# masked dense pass is no slower than gathering.
+# Measured on CPU (benchmarks/seams/attention_executors.py): above this share of pairs, or below this many
+# tokens, a masked dense pass is no slower than gathering.
 DENSE_ABOVE = 0.6
 DENSE_BELOW = 1024
 

@@ -1,6 +1,6 @@
 """Every sparse attention of the registry: time against its density, and the claims of the papers.
 
-    python benchmarks/sparse_attention.py --threads 1
+    python -m benchmarks.methods.sparse_attention --threads 1
 
 One attention call of each method takes turns with dense attention on a picture of 4,096 tokens and a clip
 of 8,192; the figures are ratios of medians. The target is 1.35 x density x dense time, and 10 % of dense for
@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from record import Claim, arguments, write
 from rich.console import Console
 from rich.table import Table
-from sparse_quality import QKV, Call, Grid, draft, queries_keys_values, re_ttention
 
 import ditkit
+from benchmarks.methods.sparse_quality import QKV, Call, Grid, draft, queries_keys_values, re_ttention
+from benchmarks.record import Claim, arguments, write
 from ditkit import registry
 from ditkit.analysis.bench import machine
 from ditkit.analysis.metrics import relative_l2

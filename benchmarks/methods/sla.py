@@ -6,7 +6,7 @@ with each attention in place, at the same share of critical blocks, and are comp
 pictures. The stable rank of the attention weights is measured before and after their largest 8 % are taken
 out; the time of a forward at 8,192 tokens is set beside its ideal.
 
-    python benchmarks/sla_claims.py [--base 500] [--steps 150] [--seeds 3]
+    python -m benchmarks.methods.sla [--base 500] [--steps 150] [--seeds 3]
 
 B batch, h heads, L tokens, d head dim.
 """
@@ -21,11 +21,11 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from record import Claim, arguments, write
 from rich.console import Console
 from torch import Tensor, nn
 
 import ditkit
+from benchmarks.record import Claim, arguments, write
 from ditkit.analysis.bench import machine
 from ditkit.methods.sla import SLA, Attention
 from ditkit.models.dit import SiT

@@ -1,6 +1,6 @@
 """Time of the sparse-attention executors against their ideal, density x dense time.
 
-    python benchmarks/attention_executors.py --threads 1
+    python -m benchmarks.seams.attention_executors --threads 1
 
 Random tiles of 128 tokens for each query tile and head, float32 by default, no text. Dense attention and the
 executors take turns in one process; the figures are ratios of medians. A dense pass with the same mask shows
@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from record import Claim, arguments, write
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.record import Claim, arguments, write
 from ditkit.analysis.bench import machine
 from ditkit.methods.clear import LocalWindow
 from ditkit.seams import executors

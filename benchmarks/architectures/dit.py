@@ -5,7 +5,7 @@ neighbouring classes overlap. Three claims are measured:
 (a) the noise prediction's error falls below half of its start; (b) with guidance the class of a sample is
 recognised more often than without; (c) SiT: Euler with 50 steps is closer to dopri5 than with 5.
 
-    python benchmarks/dit_toy.py [--steps 2000]
+    python -m benchmarks.architectures.dit [--steps 2000]
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from record import Claim, arguments, write
 from torch import Tensor
 
+from benchmarks.record import Claim, arguments, write
 from ditkit.models.dit import DiT, SiT
 from ditkit.models.guidance import guide
 from ditkit.processes import GaussianDiffusion, Transport

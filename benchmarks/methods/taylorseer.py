@@ -3,7 +3,7 @@
 First every setting draws once, for its error; then the best of either granularity is timed against dense
 sampling, diffusers' hook in its three forms, cache-dit where it is installed, and plain sampling.
 
-    python benchmarks/taylorseer_micro_flux.py [--steps 28 50] [--intervals 2 3 4 5 6] [--prompts 8]
+    python -m benchmarks.methods.taylorseer [--steps 28 50] [--intervals 2 3 4 5 6] [--prompts 8]
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from record import Claim, arguments, write
 from rich.console import Console
 
 import ditkit
+from benchmarks.record import Claim, arguments, write
 from ditkit.analysis import bench as comparison
 from ditkit.analysis.bench import bench
 from ditkit.analysis.contestants import name_of

@@ -5,7 +5,7 @@ tokens). Every variant has a copy of the model of its own, brought to the point 
 once in each round, interleaved, so that other load on the machine hits them alike. Reported: the median over
 rounds of the ratio to the dense forward of the same round.
 
-    python benchmarks/seam_overhead.py --threads 2 --rounds 9 --json seam_overhead.json
+    python -m benchmarks.seams.overhead --threads 2 --rounds 9 --json seam_overhead.json
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel, TaylorSeerCacheConfig
-from record import Claim, arguments, write
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
 import ditkit
+from benchmarks.record import Claim, arguments, write
 from ditkit.analysis.bench import machine
 from ditkit.seams.stats import flop_counter
 

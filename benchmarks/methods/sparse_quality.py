@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from record import Claim
 from torch import Tensor
 
+from benchmarks.record import Claim
 from ditkit.analysis.metrics import relative_l2
 from ditkit.methods.draft_attention import DraftAttention
 from ditkit.methods.re_ttention import ReTtention

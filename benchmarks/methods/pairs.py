@@ -3,7 +3,7 @@
 A pair works when its error is within twice the sum of the single errors and its counted FLOPs are those that
 ran; a pair that can't work must be refused before any work.
 
-    python benchmarks/pairs.py [--model micro-flux] [--weights sla=out/sla harmonica=out/harmonica]
+    python -m benchmarks.methods.pairs [--model micro-flux] [--weights sla=out/sla harmonica=out/harmonica]
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from record import Claim, arguments, write
 from rich.console import Console
 from rich.progress import track
 
 import ditkit
+from benchmarks.record import Claim, arguments, write
 from ditkit import registry
 from ditkit.analysis.bench import PROMPTS, machine
 from ditkit.analysis.meter import count

@@ -2,7 +2,7 @@
 published rules, the mended ones, a random choice and our forecasts, against plain sampling with as many
 FLOPs; then time.
 
-    python benchmarks/ras_micro_flux.py [--steps 28 10] [--ratio 0.5] [--prompts 8]
+    python -m benchmarks.methods.ras [--steps 28 10] [--ratio 0.5] [--prompts 8]
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import time
 from typing import Any
 
 import torch
-from record import Claim, arguments, write
 from rich.console import Console
-from taylorseer_micro_flux import captions
 
 import ditkit
+from benchmarks.methods.taylorseer import captions
+from benchmarks.record import Claim, arguments, write
 from ditkit.analysis import bench as comparison
 from ditkit.analysis.metrics import relative_l2
 from ditkit.analysis.sampling import Sampling, sample

@@ -5,7 +5,7 @@ with the teacher's predictions and attention outputs, training only q, k, v and 
 to the teacher are measured on other pictures, and the latents drawn for other captions are compared with
 those of full attention. Then the time of a window of one radius on growing grids.
 
-    python benchmarks/clear_distillation.py [--steps 200] [--radii 1 2]
+    python -m benchmarks.methods.clear [--steps 200] [--radii 1 2]
 
 L tokens, N image tokens.
 """
@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from record import Claim, arguments, write
 from rich.console import Console
 
 import ditkit
+from benchmarks.record import Claim, arguments, write
 from ditkit.analysis.bench import machine
 from ditkit.analysis.metrics import relative_l2
 from ditkit.analysis.sampling import Sampling, sample

@@ -3,7 +3,7 @@
 Three fits with different seeds, each against five random tables that reuse as much, and against reusing
 everything at every other step; further fits leave out what the paper adds. About four minutes.
 
-    python benchmarks/harmonica_micro_flux.py [--epochs 40] [--seeds 0 1 2]
+    python -m benchmarks.methods.harmonica [--epochs 40] [--seeds 0 1 2]
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import Claim, arguments, write
-from taylorseer_micro_flux import captions, latents
 from torch import Tensor
 
 import ditkit
+from benchmarks.methods.taylorseer import captions, latents
+from benchmarks.record import Claim, arguments, write
 from ditkit.analysis import bench as comparison
 from ditkit.analysis.metrics import relative_l2
 from ditkit.analysis.sampling import Sampling

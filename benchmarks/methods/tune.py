@@ -3,7 +3,7 @@
 Every setting of one search draws all prompts of the pool once; then a draw is arithmetic: the choice is made
 by eight prompts, validated on eight others, and tested on the rest, which it never saw.
 
-    python benchmarks/tune_micro_flux.py [--budgets 0.01 0.02 0.05] [--trials 60]
+    python -m benchmarks.methods.tune [--budgets 0.01 0.02 0.05] [--trials 60]
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from record import Claim, arguments, write
 from rich.console import Console
 from rich.progress import track
 
 import ditkit
+from benchmarks.record import Claim, arguments, write
 from ditkit.analysis import contestants as who
 from ditkit.analysis.bench import machine
 from ditkit.analysis.metrics import relative_l2_each

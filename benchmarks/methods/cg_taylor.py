@@ -3,7 +3,7 @@
 Every setting draws the same eight pictures once; its error is taken against dense sampling and its FLOPs are
 counted. Contestants at equal FLOPs or equal computed steps are those that spent at least as much.
 
-    python benchmarks/cg_taylor_micro_flux.py [--steps 28 50] [--prompts 8]
+    python -m benchmarks.methods.cg_taylor [--steps 28 50] [--prompts 8]
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from record import Claim, arguments, write
-from taylorseer_micro_flux import captions, latents
 
 import ditkit
+from benchmarks.methods.taylorseer import captions, latents
+from benchmarks.record import Claim, arguments, write
 from ditkit.analysis import bench as comparison
 from ditkit.analysis.contestants import name_of
 from ditkit.analysis.metrics import relative_l2

@@ -4,7 +4,7 @@ First every setting of everyone draws some of the prompts once, for a first erro
 are next to the wanted errors on the front of their family draw all prompts in interleaved rounds. A family's
 time at an error is read off its front, between the two settings around it (linearly in log error).
 
-    python benchmarks/equal_error.py [--model micro-flux] [--steps 28] [--tuned 60]
+    python -m benchmarks.methods.equal_error [--model micro-flux] [--steps 28] [--tuned 60]
 
 cache-dit takes part when it can be imported; the result says so when it can't.
 """
@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from record import Claim, arguments, write
 from rich.console import Console
 from rich.progress import track
 
 import ditkit
+from benchmarks.record import Claim, arguments, write
 from ditkit import registry
 from ditkit.analysis import contestants as who
 from ditkit.analysis import peers
@@ -413,11 +413,11 @@ def main() -> None:
     options = parser.parse_args()
     lines = options.texts.read_text(encoding="utf-8").splitlines() if options.texts else (*PROMPTS, *HELDOUT)
     options.texts = [line for line in lines if line.strip()]
-    pipe = ditkit.load(options.model)
-    pipe.set_progress_bar_config(disable=True)
     claims: list[Claim] = []
     figures: dict[str, Any] = {}
     for steps in options.steps:
+        pipe = ditkit.load(options.model)  # anew: not every peer leaves a pipeline as it found it
+        pipe.set_progress_bar_config(disable=True)
         more, figures[str(steps)] = compare(pipe, steps, options)
         claims += more
         write(

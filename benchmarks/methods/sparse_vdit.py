@@ -5,7 +5,7 @@ fixed ground. The search runs on two noises, and on two others to see whether it
 are drawn from new noise with the searched table, with the diagonal or the multi-diagonal for all heads at no
 fewer FLOPs, and with the same modes handed out at random. Last, the time of attention at 8,192 tokens.
 
-    python benchmarks/sparse_vdit_claims.py [--train 150] [--steps 6]
+    python -m benchmarks.methods.sparse_vdit [--train 150] [--steps 6]
 
 B batch, F frames, H height, W width, C channels.
 """
@@ -21,11 +21,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
-from record import Claim, arguments, write
 from rich.console import Console
 from torch import Tensor
 
 import ditkit
+from benchmarks.record import Claim, arguments, write
 from ditkit.analysis.bench import machine
 from ditkit.analysis.metrics import relative_l2
 from ditkit.fitting.sparse_vdit import FitSparseVDiT, Result, Search, decide, searching

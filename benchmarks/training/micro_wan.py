@@ -1,6 +1,6 @@
 """How often micro-wan shows the object and the motion it was asked for, and how it compares with real clips.
 
-python benchmarks/micro_wan.py [--count 100] [--steps 28] [--guidance G]
+python -m benchmarks.training.micro_wan [--count 100] [--steps 28] [--guidance G]
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from record import Claim, arguments, write
 from rich.console import Console
 
 import ditkit
+from benchmarks.record import Claim, arguments, write
 from ditkit.analysis.bench import machine
 from ditkit.analysis.evaluate_motion import SEED_OF_REAL, Shares, evaluate_motion
 from ditkit.data.config import MotionConfig
