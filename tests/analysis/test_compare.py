@@ -301,6 +301,18 @@ def test_a_loss_that_the_task_does_not_have(tmp_path: Path) -> None:
         compare(written(tmp_path, evaluation={**TINY["evaluation"], "loss": "msee"}, seeds=[0]))
 
 
+@pytest.mark.slow
+def test_the_shipped_comparison(tmp_path: Path) -> None:
+    """All eight architectures train, at a cost per sample of one order."""
+    config = Path(__file__).parents[2] / "configs" / "compare_archs.yaml"
+    small = ["points=1", "pictures=4", "draws=1", "sampling_steps=2"]
+    changes = [f"output={tmp_path / 'out'}", "seeds=[0]", "budget.steps=2", "run.batch_size=16"]
+    result = compare(config, [*changes, *(f"evaluation.{change}" for change in small)])
+    assert len(result.entries) == 8 and result.failures() == []
+    costs = [entry.flops_per_step for entry in result.entries]
+    assert all(cost is not None and 0.7 < cost / (costs[0] or 1) < 1.4 for cost in costs)
+
+
 def entry(name: str, *losses: float) -> Entry:
     runs = [
         Run(seed, [Point(1, 1.0, 1.0, loss, 1.0, 0.5)], finished=True) for seed, loss in enumerate(losses)
