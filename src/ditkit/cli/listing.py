@@ -114,6 +114,7 @@ def _show(kind: str, name: str | None) -> None:
         detail(registry.get(kind, name))  # pyright: ignore[reportArgumentType]
         return
     table = Table(kind, "what it does", "paper", "seam", "needs", header_style="bold", pad_edge=False)
+    table.columns[0].no_wrap = True
     for entry in registry.entries(kind).values():  # pyright: ignore[reportArgumentType]
         paper = f"[link={entry.paper.url}]arXiv {entry.paper.arxiv}[/link], {entry.paper.year}"
         table.add_row(entry.name, entry.summary, paper, ", ".join(entry.seam), ", ".join(entry.needs))

@@ -102,7 +102,8 @@ def run_stage(
         if accelerator.is_main_process:
             trainer.export()
         accelerator.wait_for_everyone()
-        accelerator.end_training()
+        for tracker in accelerator.trackers:
+            tracker.finish()  # `end_training` would take the process group from the stages after this one
     finally:
         AcceleratorState._reset_state()  # the next stage may have another precision
 

@@ -37,17 +37,17 @@ class Task(nn.Module):
         self.run = run
         self.folder = folder
         self.earlier = earlier
+        if run.objective and not self.takes_objectives:
+            raise ConfigError(
+                f"{run.name}.objective: task {run.task!r} has its own loss and takes none "
+                f"(got {', '.join(run.objective)})"
+            )
         try:
             self.options: Any = self.Options.model_validate(run.task_options)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise ConfigError(f"{run.name}.task_options.{where}: {first['msg']}") from error
-        if run.objective and not self.takes_objectives:
-            raise ConfigError(
-                f"{run.name}.objective: task {run.task!r} has its own loss and takes none "
-                f"(got {', '.join(run.objective)})"
-            )
 
     def stage_folder(self, name: str) -> Path:
         """Where an earlier stage exported to.
