@@ -36,7 +36,7 @@ TINY: dict[str, Any] = {
         "task_options": {"process": "flow", "pixels": 8},
     },
     "evaluation": {"points": 2, "pictures": 12, "draws": 2, "sampling_steps": 2},
-    "models": [{"name": name, "arch": name, "model": SIZE} for name in ("dit", "lit")],
+    "models": [{"name": name, "arch": name, "model": dict(SIZE)} for name in ("dit", "lit")],
 }
 BROKEN = {"name": "broken", "arch": "dit", "model": {"hidden_size": 33}}
 
