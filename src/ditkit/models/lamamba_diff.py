@@ -60,14 +60,17 @@ def scan_paths(height: int, width: int, continuous: bool = True) -> Tensor:
 
 
 def scan(maps: Tensor, paths: Tensor) -> Tensor:
-    """Maps (B, E, H, W) read along the paths (K, L): (B, K, E, L)."""
-    return maps.flatten(2)[:, :, paths].transpose(1, 2)
+    """Maps (B, E, H, W) read along the paths (K, L): (B, K, E, L), in memory (L, B, K, E) as a scan wants it."""
+    tokens = maps.flatten(2).permute(2, 0, 1)  # (L, B, E)
+    return torch.stack([tokens.index_select(0, path) for path in paths], dim=2).permute(1, 2, 3, 0)
 
 
 def merge(sequences: Tensor, paths: Tensor) -> Tensor:
     """Sequences (B, K, E, L) put back in row-major order and summed over the paths: (B, E, L)."""
-    inverse = paths.argsort(dim=1)[:, None].expand(-1, sequences.shape[2], -1)  # (K, E, L)
-    return sequences.gather(3, inverse.expand(len(sequences), -1, -1, -1)).sum(1)
+    places = paths.argsort(dim=1)
+    each = sequences.permute(1, 3, 0, 2).unbind()  # K x (L, B, E)
+    ordered = (one.index_select(0, place) for one, place in zip(each, places, strict=True))
+    return functools.reduce(torch.add, ordered).permute(1, 2, 0)
 
 
 class SS2D(nn.Module):
