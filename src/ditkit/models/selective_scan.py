@@ -59,63 +59,74 @@ class _Recurrence(torch.autograd.Function):
         return total * before, total
 
 
-def scan_in_chunks(step: Tensor, weighted: Tensor, a: Tensor, b: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+def scan_in_chunks(
+    u: Tensor, delta: Tensor, bias: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor
+) -> tuple[Tensor, Tensor]:
     """As `ScanInStretches`, with few operators on large tensors."""
+    step = F.softplus(delta + bias)
     decay = torch.exp(step.unsqueeze(2) * a)  # (L, R, N, H)
-    inputs = b.unsqueeze(3) * weighted.unsqueeze(2)
+    inputs = b.unsqueeze(3) * (step * u).unsqueeze(2)
     states: Tensor = _Recurrence.apply(decay, inputs)  # type: ignore[assignment]
-    return (c.unsqueeze(2) @ states).squeeze(2), states[-1]
+    return (c.unsqueeze(2) @ states).squeeze(2) + u * d, states[-1]
 
 
 class ScanInStretches(torch.autograd.Function):
-    """The scan position by position, a stretch of positions at a time, so that its temporaries stay in the cache.
+    """The scan position by position, a stretch at a time, so that all temporaries stay in the cache.
 
-    Kept for the gradient are the inputs and the state before each stretch; the states within are computed anew.
+    Kept for the gradient are the inputs and the state before each stretch; the rest is computed anew.
     """
 
     @staticmethod
-    def forward(ctx: Any, step: Tensor, weighted: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Any:
-        """Steps and weighted inputs (L, R, H), decay rates (R, N, H), b and c (L, R, N): outputs (L, R, H) and the
-        last state (R, N, H). R rows, each of one sample and group; H channels of a group."""
-        stretch = _stretch(a)
-        outputs, state, starts = torch.empty_like(weighted), torch.zeros_like(a), []
-        if step.is_meta:  # only shapes matter, and the loop below would take longest
+    def forward(
+        ctx: Any, u: Tensor, delta: Tensor, bias: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor
+    ) -> Any:
+        """Inputs and raw steps (L, R, H), their bias (R, H), rates (R, N, H), b and c (L, R, N) and d (R, H) to
+        outputs (L, R, H) and the last state (R, N, H)."""
+        outputs, state, starts = torch.empty_like(u), torch.zeros_like(a), []
+        if u.is_meta:  # only shapes matter, and the loop below would take longest
             return outputs, state
-        for first in range(0, len(step), stretch):
-            part = slice(first, first + stretch)
+        room = _room(a)
+        for part in _stretches(u, a):
             starts.append(state)
-            states = _states(step[part], weighted[part], a, b[part], state)[1]
-            outputs[part] = (c[part].unsqueeze(2) @ states).squeeze(2)
+            step = F.softplus(delta[part] + bias)
+            _, states = _states(step, u[part], a, b[part], state, room)
+            torch.addcmul((c[part].unsqueeze(2) @ states).squeeze(2), u[part], d, out=outputs[part])
             state = states[-1].clone()
-        ctx.save_for_backward(step, weighted, a, b, c, *starts)
+        ctx.save_for_backward(u, delta, bias, a, b, c, d, *starts)
         return outputs, state
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        step, weighted, a, b, c, *starts = ctx.saved_tensors
+        u, delta, bias, a, b, c, d, *starts = ctx.saved_tensors
         of_outputs, of_state = gradients
-        of_step, of_weighted, of_a, of_b, of_c = (torch.zeros_like(x) for x in (step, weighted, a, b, c))
-        stretch = _stretch(a)
-        for start, first in reversed(list(zip(starts, range(0, len(step), stretch), strict=True))):
-            part = slice(first, first + stretch)
-            decay, states = _states(step[part], weighted[part], a, b[part], start)
-            rows = of_outputs[part].unsqueeze(2)  # (T, R, 1, H)
-            total = c[part].unsqueeze(3) * rows  # (T, R, N, H), what reaches a state by its own output
+        of_u, of_delta, of_b, of_c = (torch.empty_like(x) for x in (u, delta, b, c))
+        of_bias, of_a, of_d = (torch.zeros_like(x) for x in (bias, a, d))
+        room = _room(a)
+        for start, part in reversed(list(zip(starts, _stretches(u, a), strict=True))):
+            raw = delta[part] + bias
+            step, rows, inputs = F.softplus(raw), of_outputs[part], u[part]  # (T, R, H)
+            decay, states = _states(step, inputs, a, b[part], start, room)
+            total = c[part].unsqueeze(3) * rows.unsqueeze(2)  # (T, R, N, H): what its output gives a state
             total[-1] += of_state
             each, fading = total.unbind(), decay.unbind()
-            for place in range(len(each) - 1, 0, -1):  # and what by the position after it
+            for place in range(len(each) - 1, 0, -1):  # and what the state after it does
                 each[place - 1].addcmul_(fading[place], each[place])
             of_state = fading[0] * each[0]
-            of_c[part] = (rows @ states.transpose(2, 3)).squeeze(2)
-            of_b[part] = (weighted[part].unsqueeze(2) @ total.transpose(2, 3)).squeeze(2)
-            of_weighted[part] = (b[part].unsqueeze(2) @ total).squeeze(2)
-            of_power = total.mul_(decay)  # (T, R, N, H), of the exponent, once the state before is in
+            of_c[part] = (rows.unsqueeze(2) @ states.mT).squeeze(2)
+            of_b[part] = ((step * inputs).unsqueeze(2) @ total.mT).squeeze(2)
+            of_weighted = (b[part].unsqueeze(2) @ total).squeeze(2)  # (T, R, H), of step * u
+            of_power = total.mul_(decay)  # of the decays' exponents, once the states before are in
             of_power[0] *= start
             of_power[1:] *= states[:-1]
-            of_step[part] = (of_power * a).sum(2)
-            of_a += (of_power * step[part].unsqueeze(2)).sum(0)
-        return of_step, of_weighted, of_a, of_b, of_c
+            of_step = torch.linalg.vecdot(of_power, a, dim=2) + of_weighted * inputs
+            of_u[part] = of_weighted * step + rows * d
+            of_raw = of_step * torch.sigmoid(raw)
+            of_delta[part] = of_raw
+            of_bias += of_raw.sum(0)
+            of_a += (of_power * step.unsqueeze(2)).sum(0)
+            of_d += (rows * inputs).sum(0)
+        return of_u, of_delta, of_bias, of_a, of_b, of_c, of_d
 
 
 def _stretch(a: Tensor) -> int:
@@ -123,10 +134,24 @@ def _stretch(a: Tensor) -> int:
     return max(4, min(64, 2**17 // a.numel()))
 
 
-def _states(step: Tensor, weighted: Tensor, a: Tensor, b: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Decays and states (T, R, N, H) of a stretch of T positions that begins from `start` (R, N, H)."""
-    decay = torch.exp_(step.unsqueeze(2) * a)
-    states = b.unsqueeze(3) * weighted.unsqueeze(2)
+def _stretches(u: Tensor, a: Tensor) -> list[slice]:
+    size = _stretch(a)
+    return [slice(first, first + size) for first in range(0, len(u), size)]
+
+
+def _room(a: Tensor) -> Tensor:
+    """For the decays and states of one stretch after the other: memory in use is warm, new memory would cost
+    more than the arithmetic."""
+    return a.new_empty(2, _stretch(a), *a.shape)
+
+
+def _states(
+    step: Tensor, u: Tensor, a: Tensor, b: Tensor, start: Tensor, room: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Decays and states (T, R, N, H) of a stretch of T positions that begins from `start`, in `room`."""
+    decay, states = room[:, : len(step)]
+    torch.mul(step.unsqueeze(2), a, out=decay).exp_()
+    torch.mul(b.unsqueeze(3), (step * u).unsqueeze(2), out=states)
     each, fading = states.unbind(), decay.unbind()
     each[0].addcmul_(fading[0], start)
     for place in range(1, len(each)):
@@ -161,14 +186,17 @@ def selective_scan(
             u, delta, a, b, c, d, None, delta_bias, delta_softplus=True, return_last_state=True
         )
     batch, groups = b.shape[:2]
-    first = u.permute(2, 0, 1)  # (L, B, M)
-    step = F.softplus(delta.permute(2, 0, 1) + delta_bias)
-    rows = [x.unflatten(2, (groups, -1)).flatten(1, 2) for x in (step, step * first)]  # (L, R, H)
+
+    def rows(values: Tensor) -> Tensor:
+        """(B, M, L) -> (L, R, H)."""
+        return values.permute(2, 0, 1).unflatten(2, (groups, -1)).flatten(1, 2)
+
     rates = a.unflatten(0, (groups, -1)).mT.repeat(batch, 1, 1)  # (R, N, H)
+    d, bias = (x.unflatten(0, (groups, -1)).repeat(batch, 1) for x in (d, delta_bias))  # (R, H)
     b, c = (x.permute(3, 0, 1, 2).flatten(1, 2) for x in (b, c))  # (L, R, N)
     scan: Any = ScanInStretches.apply if u.device.type in ("cpu", "meta") else scan_in_chunks
-    outputs, last = scan(*rows, rates, b, c)
-    outputs = outputs.unflatten(1, (batch, groups)).flatten(2) + first * d  # (L, B, M)
+    outputs, last = scan(rows(u), rows(delta), bias, rates, b, c, d)
+    outputs = outputs.unflatten(1, (batch, groups)).flatten(2)  # (L, B, M)
     return outputs.permute(1, 2, 0), last.mT.unflatten(0, (batch, groups)).flatten(1, 2)
 
 
