@@ -169,7 +169,10 @@ class Diffusion:
         guess = self.take(self.recip, t, clean) * state - self.take(self.recip_less, t, clean) * predicted
         weight, rest = self.take(self.mean_clean, t, clean), self.take(self.mean_state, t, clean)
         true_mean, mean = weight * clean + rest * state, weight * guess + rest * state
-        ratio, distance = torch.exp(low - log_variance), (true_mean - mean).square() * torch.exp(-log_variance)
+        ratio, distance = (
+            torch.exp(low - log_variance),
+            (true_mean - mean).square() * torch.exp(-log_variance),
+        )
         kl = (0.5 * (-1.0 + log_variance - low + ratio + distance)).mean(dim=(1, 2, 3))
         centred, inverse = clean - mean, torch.exp(-0.5 * log_variance)
         above, below = (_cdf(inverse * (centred + edge)) for edge in (1 / 255, -1 / 255))

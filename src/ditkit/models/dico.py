@@ -37,7 +37,7 @@ def channel_norm(maps: Tensor) -> Tensor:
 
 
 class PointwiseConv(nn.Conv2d):
-    """A 1 x 1 convolution as the product of matrices that it is: maps stay with their channels last in memory."""
+    """A 1 x 1 convolution as the product of matrices that it is: channels stay last in memory."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 1)

@@ -60,7 +60,7 @@ def scan_paths(height: int, width: int, continuous: bool = True) -> Tensor:
 
 
 def scan(maps: Tensor, paths: Tensor) -> Tensor:
-    """Maps (B, E, H, W) read along the paths (K, L): (B, K, E, L), in memory (L, B, K, E) as a scan wants it."""
+    """Maps (B, E, H, W) read along the paths (K, L): (B, K, E, L), stored as (L, B, K, E) for the scan."""
     batch, length = len(maps), paths.shape[1]
     rows = maps.flatten(2).transpose(1, 2).flatten(0, 1)  # (B L, E)
     sample = torch.arange(batch, device=maps.device)[:, None]

@@ -1,8 +1,8 @@
 """The selective scan of state-space models in plain PyTorch: linear in time, exact, fast on a CPU.
 
 Gu and Dao, "Mamba", arXiv 2312.00752, algorithm 2: `h_l = exp(delta_l A) h_{l-1} + delta_l B_l u_l`, `y_l =
-C_l h_l + D u_l`. A CPU goes through it in stretches of positions whose states fit its cache, and keeps for the
-gradient only the state before each. Elsewhere operators are dear to start: the recurrence runs over about
+C_l h_l + D u_l`. A CPU goes through it in stretches of positions whose states fit its cache, and keeps for
+the gradient only the state before each. Elsewhere operators are dear to start: the recurrence runs over about
 sqrt(L) positions in all chunks at once, then over the chunks. On CUDA the kernel of `mamba_ssm` is used when
 it is installed.
 
@@ -80,8 +80,10 @@ class ScanInStretches(torch.autograd.Function):
     def forward(
         ctx: Any, u: Tensor, delta: Tensor, bias: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor
     ) -> Any:
-        """Inputs and raw steps (L, R, H), their bias (R, H), rates (R, N, H), b and c (L, R, N) and d (R, H) to
-        outputs (L, R, H) and the last state (R, N, H)."""
+        """Inputs and raw steps (L, R, H), the steps' bias (R, H), rates (R, N, H), b and c (L, R, N), d (R, H).
+
+        Returns the outputs (L, R, H) and the last state (R, N, H).
+        """
         outputs, state, starts = torch.empty_like(u), torch.zeros_like(a), []
         if u.is_meta:  # only shapes matter, and the loop below would take longest
             return outputs, state

@@ -1,4 +1,4 @@
-"""The average of the trained weights: diffusers' `EMAModel`, whose update here is one pass over the memory."""
+"""The average of the trained weights: diffusers' `EMAModel` with an update in one pass over the memory."""
 
 from __future__ import annotations
 
