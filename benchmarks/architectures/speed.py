@@ -67,10 +67,10 @@ def lit_runs(side: int, width: int = 384, heads: int = 6) -> Runs:
     """Linear attention of two heads and softmax attention: the sums alone, and the layers around them."""
     layer, dense = LinearAttention(width, 2), Attention(width, heads)
     tokens = torch.randn(1, side * side, width)
-    few, many = (torch.randn(3, 1, n, side * side, width // n).unbind() for n in (2, heads))
+    few, many = ([torch.randn(1, n, side * side, width // n) for _ in range(3)] for n in (2, heads))
     return {
-        "ours": lambda: linear_attention(*few),
-        "softmax": lambda: F.scaled_dot_product_attention(*many),
+        "ours": lambda: linear_attention(few[0], few[1], few[2]),
+        "softmax": lambda: F.scaled_dot_product_attention(many[0], many[1], many[2]),
         "layer": lambda: layer(tokens, (side, side)),
         "softmax layer": lambda: dense(tokens),
     }

@@ -80,7 +80,7 @@ class ScanInStretches(torch.autograd.Function):
     def forward(
         ctx: Any, u: Tensor, delta: Tensor, bias: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor
     ) -> Any:
-        """Inputs and raw steps (L, R, H), the steps' bias (R, H), rates (R, N, H), b and c (L, R, N), d (R, H).
+        """Inputs and raw steps (L, R, H), their bias (R, H), rates (R, N, H), b and c (L, R, N), d (R, H).
 
         Returns the outputs (L, R, H) and the last state (R, N, H).
         """
