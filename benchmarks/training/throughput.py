@@ -67,21 +67,22 @@ def trainer(
             "ema": {"decay": 0.9999, "warmup": False},
             "task_options": {
                 "arch": "dit",
-                "pixels": 8,
                 "class_dropout": DROPOUT,
-                "model": {
-                    "input_size": side,
-                    "in_channels": 4,
-                    "num_classes": CLASSES,
-                    "patch_size": 2,
-                    **dimensions,
-                },
+                "model": {"num_classes": CLASSES, "patch_size": 2, **dimensions},
             },
         }
     )
     torch.manual_seed(SEED)
-    task: Any = find(run.task)(run, folder, {})
-    task.samples, task.labels = latents(task.sample_count, side)
+    task_class: Any = find(run.task)
+
+    class InMemory(task_class):
+        """The task, with latents for its pictures."""
+
+        def _encode(self, pictures: Any) -> Tensor:
+            return latents(len(pictures), side)[0]
+
+    task = InMemory(run, folder, {})
+    task.labels = latents(task.sample_count, side)[1]
     return Trainer(run, folder, task, Accelerator(mixed_precision=precision, cpu=True))
 
 
