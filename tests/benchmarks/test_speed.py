@@ -6,10 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from benchmarks import rounds
 from benchmarks.architectures import speed
 from benchmarks.training import throughput
+
+
+@pytest.fixture(autouse=True)
+def _no_precision_is_left_behind():
+    yield
+    AcceleratorState._reset_state()
 
 
 def test_the_quotient_is_taken_within_a_round() -> None:
