@@ -21,13 +21,13 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers.training_utils import EMAModel
 from rich.console import Console
 from tqdm.auto import tqdm
 
 from ditkit.training import checkpoint as ckpt
 from ditkit.training import config as configuration
 from ditkit.training import optimizers
+from ditkit.training.average import WeightAverage
 from ditkit.training.order import BatchNoise, SampleOrder, mix, split_rows
 from ditkit.training.tasks import Task, find
 
@@ -131,7 +131,7 @@ class Trainer:
         apart = {id(parameter) for rate in own for parameter in rate.parameters}
         self.clipped = [parameter for parameter in self.parameters if id(parameter) not in apart]
         self.ema = (
-            EMAModel(self.parameters, decay=run.ema.decay, use_ema_warmup=run.ema.warmup, power=0.75)
+            WeightAverage(self.parameters, decay=run.ema.decay, use_ema_warmup=run.ema.warmup, power=0.75)
             if run.ema
             else None
         )
