@@ -114,7 +114,7 @@ class PTDiTBlock(RoutableBlock):
         Args:
             hidden_states: (B, P, n, D).
             conditioning: the time's vector, (B, 6, D).
-            *more: the `_Geometry` and the text (B, T, D) with its mask (B, 1, 1, T), or two None.
+            *more: the `Geometry` and the text (B, T, D) with its mask (B, 1, 1, T), or two None.
         """
         geometry, text, text_mask = more
         table = self.scale_shift_table + conditioning  # (B, 6, D)
@@ -143,7 +143,7 @@ class PTDiTBlock(RoutableBlock):
         return hidden_states + gate_mlp * self.ff(modulated)
 
 
-class _Geometry:
+class Geometry:
     """Grid, windows and proxies of one forward."""
 
     def __init__(self, grid: Grid, window: Grid, proxy: Grid, form: Any, device: torch.device) -> None:
@@ -353,7 +353,7 @@ class PTDiT(ClassConditionalModel):
                 text_mask = (blocked * _BLOCKED)[:, None, None]  # (B, 1, 1, T)
         patch = self.config["patch_size"]
         grid = (latent.shape[2], latent.shape[3] // patch, latent.shape[4] // patch)
-        geometry = _Geometry(grid, self.window, self.proxy_sides, self.config["proxy"], windows.device)
+        geometry = Geometry(grid, self.window, self.proxy_sides, self.config["proxy"], windows.device)
         mask = None if self.channel_routing is None else self.channel_routing(timestep, dtype=windows.dtype)
         mask = None if mask is None else mask.unsqueeze(1)  # (B, 1, 1, D)
         for block in self.transformer_blocks:

@@ -197,23 +197,31 @@ class ClassToImageTask(Task):
             draws=noise,
         )
 
-    def heldout_loss(self) -> dict[str, float]:
-        """The process's losses, without objectives, so that runs can be compared."""
+    def heldout_loss(self, seed: int | None = None) -> dict[str, float]:
+        """The process's losses, without objectives, so that runs can be compared.
+
+        Args:
+            seed: of the noise; None: the run's own.
+        """
         pictures = open_samples(self.run.data, "heldout")
         labels = class_labels(pictures, self.classes)[0].to(self.samples.device)
         rows = torch.arange(len(pictures))
-        noise = BatchNoise(self.run.seed, 0, len(pictures), rows, self.samples.device)
-        clean = self._encode(pictures)
+        seed = self.run.seed if seed is None else seed
+        noise = BatchNoise(seed, 0, len(pictures), rows, self.samples.device)
+        clean = self._encode(pictures).to(self.samples.device)
         epsilon, uniform = noise.normal(*clean.shape[1:]), noise.uniform()
         losses = self._step(clean, labels, epsilon, uniform, noise).losses
         return {name: float(value.mean()) for name, value in losses.items()}
 
     def draw(self) -> Image.Image:
         """One row of eight for each of the first eight classes, without guidance."""
-        device = self.samples.device
-        classes = torch.arange(min(8, len(self.classes)), device=device).repeat_interleave(8)
-        generator = torch.Generator().manual_seed(mix(self.run.seed, 3))
-        start = torch.randn(len(classes), *self.samples.shape[1:], generator=generator).to(device)
+        classes = torch.arange(min(8, len(self.classes))).repeat_interleave(8)
+        return grid(self.sample(classes, torch.Generator().manual_seed(mix(self.run.seed, 3))), columns=8)
+
+    def sample(self, classes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Pictures (B, 3, h, w) in [-1, 1] of classes (B,), without guidance; the noise is `generator`'s."""
+        start = torch.randn(len(classes), *self.samples.shape[1:], generator=generator)
+        start, classes = start.to(self.samples.device), classes.to(self.samples.device)
 
         def network(state: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return self.model(state, t, classes, return_dict=False)[0].float()
@@ -227,7 +235,7 @@ class ClassToImageTask(Task):
             )[-1]
         if self.autoencoder is not None:
             images = decode_pictures(self.autoencoder, images)
-        return grid(images, columns=8)
+        return images
 
     def export(self, folder: Path) -> None:
         learned = self.model.predicted_channels > self.model.in_channels
