@@ -74,8 +74,9 @@ def latents(pipe: Any, prompt: Any = ("red apple", "blue fish"), **options: Any)
 @pytest.mark.parametrize("process", ["gaussian", "flow"])
 @pytest.mark.parametrize("kind", ["clip", "t5"])
 def test_texts_matter_and_each_picture_is_its_own(arch: str, process: str, kind: str) -> None:
-    pipe = pipeline(arch, process, kind)
-    start = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    # In float64: random weights blow up the last bits, in which batches of one and two differ.
+    pipe = pipeline(arch, process, kind).to(torch.float64)
+    start = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found = [
         latents(pipe, text, latents=start, generator=[torch.Generator().manual_seed(2)])
         for text in ("red apple", "blue fish")
@@ -83,7 +84,7 @@ def test_texts_matter_and_each_picture_is_its_own(arch: str, process: str, kind:
     assert found[0].shape == (1, 3, 8, 8) and not torch.equal(*found)
     generators = [torch.Generator().manual_seed(2) for _ in range(2)]
     together = latents(pipe, latents=start.repeat(2, 1, 1, 1), generator=generators)
-    torch.testing.assert_close(together, torch.cat(found), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(together, torch.cat(found), atol=1e-6, rtol=1e-6)
 
 
 @both
