@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from ditkit.registry import Paper, register
@@ -281,10 +281,16 @@ class DualGrainLatent:
     latent_dist: DiagonalGaussianDistribution
     grain: Tensor
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """One draw, (B, z, 2h, 2w), with one noise for each coarse region."""
+    def sample(self, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
+        """One draw, (B, z, 2h, 2w), with one noise for each coarse region.
+
+        Args:
+            generator: for a draw that is the same again.
+            noise: standard normal of the latent's shape, used instead.
+        """
         mean, std = self.latent_dist.mean, self.latent_dist.std
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        if noise is None:
+            noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
         return mean + std * multi_grained_noise(noise, self.grain)
 
     def mode(self) -> Tensor:
@@ -306,6 +312,7 @@ class DualGrainAutoencoder(ModelMixin, ConfigMixin):
         bins: grey levels of the entropy.
         sigma: width of its kernel.
         scaling_factor: what latents are multiplied by for diffusion.
+        shift_factor: what is taken from them before.
 
     Raises:
         ValueError: for levels that do not fit.
@@ -325,6 +332,7 @@ class DualGrainAutoencoder(ModelMixin, ConfigMixin):
         bins: int = 32,
         sigma: float = 0.01,
         scaling_factor: float = 1.0,
+        shift_factor: float = 0.0,
     ) -> None:
         super().__init__()
         decoder = tuple(decoder_ch_mult or ch_mult[:-1])
@@ -356,19 +364,22 @@ class DualGrainAutoencoder(ModelMixin, ConfigMixin):
         coarse, fine = self.encoder(images)
         return DualGrainLatent(DiagonalGaussianDistribution(copy_neighbours(coarse, fine, grain)), grain)
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) of latents (B, z, 2h, 2w)."""
-        return self.decoder(latent)
+    def decode(self, latent: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Pictures (B, 3, H, W) of latents (B, z, 2h, 2w), as `.sample` or in a tuple."""
+        images = self.decoder(latent)
+        return DecoderOutput(sample=images) if return_dict else (images,)
 
     def forward(self, images: Tensor, grain: Tensor | None = None) -> Tensor:
         """Pictures encoded, drawn and decoded."""
-        return self.decode(self.encode(images, grain).sample())
+        return self.decoder(self.encode(images, grain).sample())
 
-    def losses(self, images: Tensor, kl_weight: float = 1e-6) -> dict[str, Tensor]:
+    def losses(
+        self, images: Tensor, kl_weight: float = 1e-6, noise: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Losses of each picture, (B,): "reconstruction" (mean absolute error), "kl" (nats, of the distinct
-        codes) and their weighted sum "loss"."""
+        codes) and their weighted sum "loss". `noise` is that of `DualGrainLatent.sample`."""
         encoded = self.encode(images)
-        reconstruction = (self.decode(encoded.sample()) - images).abs().flatten(1).mean(1)
+        reconstruction = (self.decoder(encoded.sample(noise=noise)) - images).abs().flatten(1).mean(1)
         mean, log_variance = encoded.latent_dist.mean, encoded.latent_dist.logvar
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
         kl = (divergence * distinct_weights(encoded.grain)).flatten(1).sum(1)
