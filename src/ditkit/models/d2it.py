@@ -328,14 +328,16 @@ class GrainTransformer(ModelMixin, ConfigMixin):
         height, width = self.grid
         regions = height * width
         grain = torch.full((count, regions), _HIDDEN, device=self.device)
-        order = torch.rand(count, regions, generator=generator).argsort(dim=1).to(self.device)
+        device = "cpu" if generator is None else generator.device
+        order = torch.rand(count, regions, generator=generator, device=device).argsort(dim=1).to(self.device)
         bounds = [round(regions * (1 - math.cos(math.pi / 2 * k / num_steps))) for k in range(num_steps + 1)]
         for start, stop in pairwise(bounds):  # few at first, when little is known
             if start == stop:
                 continue
             logits = self(grain.unflatten(1, self.grid), class_labels).flatten(1, 2)
             fine = logits.float().softmax(-1)[..., 1]
-            drawn = (torch.rand(fine.shape, generator=generator).to(fine.device) < fine).long()
+            chance = torch.rand(fine.shape, generator=generator, device=device).to(fine.device)
+            drawn = (chance < fine).long()
             places = order[:, start:stop]
             grain = grain.scatter(1, places, drawn.gather(1, places))
         return grain.unflatten(1, self.grid).bool()

@@ -341,7 +341,8 @@ class DualGrainAutoencoder(ModelMixin, ConfigMixin):
                 f"decoder_ch_mult={decoder}: the decoder starts from the fine grid: one level less than "
                 f"ch_mult={tuple(ch_mult)}"
             )
-        self.region = 2 ** (len(ch_mult) - 1)
+        self.region = 2 ** (len(ch_mult) - 1)  # side S of a region in pixels
+        self.cell = self.region // 2  # of a fine code
         self.encoder = DualGrainEncoder(
             ch, ch_mult, num_res_blocks, attn_resolutions, resolution, 2 * z_channels
         )

@@ -47,7 +47,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.transformer, self.scheduler, self.vae = transformer, scheduler, vae
-        self.scale = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
+        self.scale = self._pixels(vae) if vae is not None else 1
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.scale)
 
     @torch.no_grad()
@@ -90,37 +90,64 @@ class ClassConditionalPipeline(DiffusionPipeline):
             ValueError: for labels, sizes, channels or a scheduler that do not fit the model.
         """
         labels = self._labels(class_labels, num_images_per_label)
+        scale = 1.0 if class_labels is None else guidance_scale
+        network = self._network(labels, scale, guidance_channels)
+        self._check(output_type, None if sampler else self.scheduler)
+        noise = self._noise(len(labels), height, width, generator, latents)
+        if sampler is not None:
+            drawn = sampler(network, noise)
+        else:
+            drawn = self._denoise(network, noise, num_inference_steps, generator, callback_on_step_end)
+        images: Any = drawn if output_type == "latent" else self._decode(drawn, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _pixels(self, vae: Any) -> int:
+        """Pixels a side of a latent."""
+        return 2 ** (len(vae.config.block_out_channels) - 1)
+
+    def _network(
+        self,
+        labels: Tensor,
+        guidance_scale: float,
+        guidance_channels: GuidedChannels | None,
+        **conditions: Tensor,
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """`(x, t) -> guided prediction` for labels (B,) and what else the model's forward takes for each."""
         if guidance_channels is None:
             guidance_channels = self.transformer.default_guidance()
         channels = guided_channels(guidance_channels, self.transformer.in_channels)
-        guided = guidance_scale != 1 and class_labels is not None
-        null = torch.full_like(labels, self.transformer.y_embedder.null_label) if guided else None
-        self._check(output_type, None if sampler else self.scheduler)
-        if latents is None:
-            shape = (len(labels), self.transformer.in_channels, *self._latent_size(height, width))
-            latents = randn_tensor(shape, generator, self._execution_device, self.transformer.dtype)
-        elif latents.shape[:2] != (len(labels), self.transformer.in_channels):
-            raise ValueError(
-                f"latents has shape {tuple(latents.shape)}; expected ({len(labels)}, "
-                f"{self.transformer.in_channels}, H, W)"
-            )
+        if guidance_scale == 1:
+            return lambda state, t: self.transformer(state, t, labels, return_dict=False, **conditions)[0]
+        both = torch.cat([labels, torch.full_like(labels, self.transformer.y_embedder.null_label)])
+        twice = {name: torch.cat([value, value]) for name, value in conditions.items()}
 
         def network(state: Tensor, t: Tensor) -> Tensor:
-            if null is None:
-                return self.transformer(state, t, labels, return_dict=False)[0]
-            twice, times, both = torch.cat([state, state]), torch.cat([t, t]), torch.cat([labels, null])
-            prediction = self.transformer(twice, times, both, return_dict=False)[0]
+            states, times = torch.cat([state, state]), torch.cat([t, t])
+            prediction = self.transformer(states, times, both, return_dict=False, **twice)[0]
             conditional, unconditional = prediction.chunk(2)
             return guide(conditional, unconditional, guidance_scale, channels)[0]
 
-        latents = latents.to(self._execution_device, self.transformer.dtype)
-        if sampler is not None:
-            latents = sampler(network, latents)
-        else:
-            latents = self._denoise(network, latents, num_inference_steps, generator, callback_on_step_end)
-        images: Any = latents if output_type == "latent" else self._decode(latents, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return network
+
+    def _noise(
+        self,
+        batch: int,
+        height: int | None,
+        width: int | None,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Tensor | None,
+    ) -> Tensor:
+        """What sampling starts from, (B, C, H, W): `latents`, or noise drawn for that size in pixels."""
+        channels = self.transformer.in_channels
+        if latents is None:
+            shape = (batch, channels, *self._latent_size(height, width))
+            latents = randn_tensor(shape, generator, self._execution_device, self.transformer.dtype)
+        elif latents.shape[:2] != (batch, channels):
+            raise ValueError(
+                f"latents has shape {tuple(latents.shape)}; expected ({batch}, {channels}, H, W)"
+            )
+        return latents.to(self._execution_device, self.transformer.dtype)
 
     def _denoise(
         self,

@@ -54,6 +54,21 @@ class Task(nn.Module):
             )
         return self.earlier[name] / "export"
 
+    def model_folder(self, key: str) -> Path:
+        """The model that the option `key` names: an earlier stage's export, or a folder.
+
+        Raises:
+            ConfigError: there is neither.
+        """
+        name = getattr(self.options, key)
+        folder = self.stage_folder(name) if name in self.earlier else Path(name)
+        if not (folder / "config.json").is_file():
+            raise ConfigError(
+                f"{self.run.name}.task_options.{key}: no stage and no model folder {name!r} "
+                f"(stages before it: {', '.join(self.earlier) or 'none'})"
+            )
+        return folder
+
     @property
     def sample_count(self) -> int:
         """Number of training samples."""
@@ -78,3 +93,10 @@ class Task(nn.Module):
     def export(self, folder: Path) -> None:
         """Save what was trained in its public format (called with the averaged weights in place)."""
         raise NotImplementedError
+
+
+def frozen(cls: Any, folder: Path) -> Any:
+    """A model in a folder that `save_pretrained` wrote, not trained, forgetting where it lay."""
+    model = cls.from_pretrained(folder).requires_grad_(False).eval()
+    model.register_to_config(_name_or_path="")  # no folder of a run in what it exports
+    return model
