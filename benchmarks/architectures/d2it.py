@@ -277,7 +277,7 @@ def claims(runs: list[dict[str, float]], limit: str) -> list[Claim]:
         ),
         Claim(
             "d2it",
-            "the noise's error in fine regions is lower with two refining blocks than with two more in the base",
+            "two refining blocks, moved out of the base, lower the noise's error in fine regions",
             "arXiv 2504.09454, table 4 (FID 22.11 against 25.15)",
             f"squared error {shown('fine_error_2_and_2')} with 2 + 2 blocks, "
             f"{shown('fine_error_4_and_0')} with 4 + 0",

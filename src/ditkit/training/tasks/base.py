@@ -54,19 +54,15 @@ class Task(nn.Module):
             )
         return self.earlier[name] / "export"
 
-    def model_folder(self, key: str) -> Path:
-        """The model that the option `key` names: an earlier stage's export, or a folder.
+    def model_folder(self, name: str) -> Path:
+        """The export of the earlier stage of that name, or the folder at that path.
 
         Raises:
-            ConfigError: there is neither.
+            ValueError: there is neither.
         """
-        name = getattr(self.options, key)
         folder = self.stage_folder(name) if name in self.earlier else Path(name)
         if not (folder / "config.json").is_file():
-            raise ConfigError(
-                f"{self.run.name}.task_options.{key}: no stage and no model folder {name!r} "
-                f"(stages before it: {', '.join(self.earlier) or 'none'})"
-            )
+            raise ValueError(f"no stage before this one and no model folder (config.json) is called {name!r}")
         return folder
 
     @property
@@ -94,9 +90,16 @@ class Task(nn.Module):
         """Save what was trained in its public format (called with the averaged weights in place)."""
         raise NotImplementedError
 
+    def frozen(self, cls: Any, key: str) -> Any:
+        """The model of that class that the option `key` names, a stage or a folder, not to be trained.
 
-def frozen(cls: Any, folder: Path) -> Any:
-    """A model in a folder that `save_pretrained` wrote, not trained, forgetting where it lay."""
-    model = cls.from_pretrained(folder).requires_grad_(False).eval()
-    model.register_to_config(_name_or_path="")  # no folder of a run in what it exports
-    return model
+        Raises:
+            ConfigError: there is neither.
+        """
+        try:
+            folder = self.model_folder(getattr(self.options, key))
+        except ValueError as error:
+            raise ConfigError(f"{self.run.name}.task_options.{key}: {error}") from error
+        model = cls.from_pretrained(folder).requires_grad_(False).eval()
+        model.register_to_config(_name_or_path="")  # no folder of a run in what it exports
+        return model

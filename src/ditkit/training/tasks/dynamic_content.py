@@ -2,7 +2,7 @@
 
 Latents and maps come from an autoencoder of two grains: an earlier stage or a folder. A coarse region is one
 code: its cells share one noise and count once in the loss. The export is a whole `DynamicGrainPipeline`
-folder, with `classes.json` beside it; the pipeline draws its own maps where `grain` names the transformer
+folder, with `process.json` in it; the pipeline draws its own maps where `grain` names the transformer
 for them.
 """
 
@@ -26,7 +26,7 @@ from ditkit.pipelines.dynamic_grain import DynamicGrainPipeline
 from ditkit.processes.gaussian import GaussianDiffusion
 from ditkit.processes.transport import Transport
 from ditkit.training.order import BatchNoise, mix
-from ditkit.training.tasks.base import Task, TaskOptions, frozen
+from ditkit.training.tasks.base import Task, TaskOptions
 
 
 class DynamicContentOptions(TaskOptions):
@@ -54,10 +54,8 @@ class DynamicContentTask(Task):
         super().__init__(*arguments)
         options = self.options
         self.pictures = open_pictures(self.run.data)
-        self.autoencoder = frozen(DualGrainAutoencoder, self.model_folder("autoencoder"))
-        self.grain_transformer = None
-        if options.grain is not None:
-            self.grain_transformer = frozen(GrainTransformer, self.model_folder("grain"))
+        self.autoencoder = self.frozen(DualGrainAutoencoder, "autoencoder")
+        self.grain_transformer = self.frozen(GrainTransformer, "grain") if options.grain else None
         labels, self.classes = class_labels(self.pictures)
         latents, maps = self._encode(self.pictures)
         self.register_buffer("latents", latents, persistent=False)  # (N, C, 2h, 2w)
@@ -168,5 +166,5 @@ class DynamicContentTask(Task):
 
     def export(self, folder: Path) -> None:
         self.pipeline().save_pretrained(folder)
-        write_text(folder / "classes.json", json.dumps(self.classes, indent=2) + "\n")
-
+        facts = {"process": self.options.process, "classes": self.classes}
+        write_text(folder / "process.json", json.dumps(facts, indent=2) + "\n")

@@ -20,7 +20,7 @@ from ditkit.data.pictures import class_labels, grid, open_pictures, periods
 from ditkit.models.d2it import GrainTransformer
 from ditkit.models.d2it_autoencoder import DualGrainAutoencoder
 from ditkit.training.order import BatchNoise, mix
-from ditkit.training.tasks.base import Task, TaskOptions, frozen
+from ditkit.training.tasks.base import Task, TaskOptions
 
 
 class GrainOptions(TaskOptions):
@@ -40,7 +40,7 @@ class GrainTask(Task):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.pictures = open_pictures(self.run.data)
-        self.autoencoder = frozen(DualGrainAutoencoder, self.model_folder("autoencoder"))
+        self.autoencoder = self.frozen(DualGrainAutoencoder, "autoencoder")
         labels, self.classes = class_labels(self.pictures)
         self.register_buffer("maps", self._maps(self.pictures), persistent=False)  # (N, h, w)
         self.register_buffer("labels", labels, persistent=False)  # (N,)
