@@ -92,8 +92,8 @@ class DynamicGrainPipeline(ClassConditionalPipeline):
                 concerns the content; maps are drawn from the class alone.
             generator: for noise and maps that are the same again; the noise is drawn first, so that it does
                 not depend on where the maps come from.
-            grain: 1 or True where a region is fine, (h, w) or (B, h, w); "random": each region by itself, with
-                the pipeline's `fine_ratio`; None: drawn by the grain transformer.
+            grain: 1 or True where a region is fine, (h, w) or (B, h, w); "random": each region by itself,
+                with the pipeline's `fine_ratio`; None: drawn by the grain transformer.
             num_grain_steps: in how many rounds the grain transformer fills a map.
             return_dict: whether to return an object with `.images` and `.grain`, or a tuple of the first.
 
@@ -153,7 +153,7 @@ class DynamicGrainPipeline(ClassConditionalPipeline):
             raise ValueError("grain=None: the pipeline has no grain_transformer; give a map, or 'random'")
         if self.grain_transformer.grid != size:
             raise ValueError(
-                f"grain=None: the grain transformer draws maps of {self.grain_transformer.grid} regions, this "
-                f"latent has {size}; give a map, or the size it was trained for"
+                f"grain=None: the grain transformer draws maps of {self.grain_transformer.grid} regions, "
+                f"this latent has {size}; give a map, or the size it was trained for"
             )
         return self.grain_transformer.sample(labels, num_steps=num_steps, generator=generator)
