@@ -31,6 +31,7 @@ from diffusers.models.normalization import AdaLayerNormSingle
 from torch import Tensor, nn
 
 from ditkit.models.base import ClassConditionalModel, both_sides, chosen
+from ditkit.models.building import SETTINGS, DataShape, usual_settings
 from ditkit.models.layers import (
     CrossAttention,
     LabelEmbedder,
@@ -419,6 +420,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def pt_dit(variant: str | None = None, **config: Any) -> PTDiT:
     """A fresh PT-DiT of a named variant ("xl"; None: the defaults), with changes to its config."""
     return PTDiT(**{**chosen(VARIANTS, variant), **config})
+
+
+def _for_data(shape: DataShape, variant: str | None) -> dict[str, Any]:
+    """Classes in place of captions."""
+    return {**usual_settings(shape, variant), "caption_channels": None}
+
+
+SETTINGS["pt-dit"] = _for_data
 
 
 def _infer(state: State, options: Mapping[str, Any]) -> Settings:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ditkit.data.config import DataConfig, Section
 
@@ -47,7 +47,11 @@ class EMAConfig(Section):
 
 
 class RunConfig(Section):
-    """One run of the trainer. `task` names what is trained; `task_options` are its own keys."""
+    """One run of the trainer.
+
+    `task` names what is trained; `task_options` are its own keys. `objective` are changes to its loss: names
+    (`ditkit objectives`) and their options, in any order.
+    """
 
     name: str
     task: str
@@ -58,6 +62,7 @@ class RunConfig(Section):
     accumulation: int = Field(default=1, ge=1)
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     data: DataConfig = DataConfig()
+    objective: dict[str, dict[str, Any]] = {}
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     ema: EMAConfig | None = EMAConfig()
@@ -67,6 +72,17 @@ class RunConfig(Section):
     keep_checkpoints: int = Field(default=2, ge=1)
     heldout_every: int = Field(default=0, ge=0, description="0: never")
     tracker: str | None = "tensorboard"
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _known_objectives(cls, chosen: Any) -> Any:
+        if not isinstance(chosen, dict) or not chosen:
+            return chosen
+        from ditkit.training import objectives  # needs torch, which a file without objectives does not
+
+        chosen = {name: {} if options is None else options for name, options in chosen.items()}
+        objectives.read_options(chosen)
+        return chosen
 
     @model_validator(mode="after")
     def _divisible(self) -> RunConfig:
@@ -157,7 +173,8 @@ def _override(raw: dict[str, Any], text: str) -> None:
                 )
             node = node[int(part)]
         else:
-            node = node.setdefault(part, {})
+            node[part] = {} if node.get(part) is None else node[part]  # `min-snr:` alone is an empty section
+            node = node[part]
         if not isinstance(node, dict | list):
             raise ConfigError(f"override {text!r}: {part!r} holds a value, not keys")
     try:

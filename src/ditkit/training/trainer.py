@@ -90,7 +90,8 @@ def run_stage(run: configuration.RunConfig, folder: Path, earlier: dict[str, Pat
         if accelerator.is_main_process:
             trainer.export()
         accelerator.wait_for_everyone()
-        accelerator.end_training()
+        for tracker in accelerator.trackers:
+            tracker.finish()  # `end_training` would take the process group from the stages after this one
     finally:
         AcceleratorState._reset_state()  # the next stage may have another precision
 
@@ -105,7 +106,12 @@ class Trainer:
         self.names, self.parameters = _trainable(task)
         self.order = SampleOrder(task.sample_count, mix(run.seed, 7), task.sample_periods())
         self.model = accelerator.prepare(task)
-        self.optimizers = [accelerator.prepare(o) for o in optimizers.create(run.optimizer, task)]
+        own = task.own_rates()
+        self.optimizers = [accelerator.prepare(o) for o in optimizers.create(run.optimizer, task, own)]
+        self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        # What has its own rate is no part of the network: its gradient must not shrink the network's.
+        apart = {id(parameter) for rate in own for parameter in rate.parameters}
+        self.clipped = [parameter for parameter in self.parameters if id(parameter) not in apart]
         self.ema = (
             EMAModel(self.parameters, decay=run.ema.decay, use_ema_warmup=run.ema.warmup, power=0.75)
             if run.ema
@@ -159,7 +165,7 @@ class Trainer:
                     losses = self.model(indices[rows].to(accelerator.device), noise)
                 accelerator.backward(losses["loss"])
                 if accelerator.sync_gradients and run.optimizer.clip_grad_norm:
-                    accelerator.clip_grad_norm_(self.parameters, run.optimizer.clip_grad_norm)
+                    accelerator.clip_grad_norm_(self.clipped, run.optimizer.clip_grad_norm)
                 for optimizer in self.optimizers:
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
@@ -178,10 +184,11 @@ class Trainer:
 
     def _set_learning_rate(self) -> None:
         """The schedule is a function of the step, so it has no state to save."""
-        self.learning_rate = self.run.optimizer.lr * learning_rate_factor(self.run, self.step)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate
+        factor = learning_rate_factor(self.run, self.step)
+        self.learning_rate = self.run.optimizer.lr * factor
+        for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
 
     def _log(self, losses: dict[str, torch.Tensor], seconds: float, bar: Any) -> None:
         means = {
@@ -264,7 +271,8 @@ class Trainer:
             return
         if set(saved.tensors["model"]) != set(self.names):
             raise TrainingError(
-                f"{self.run.name}: the checkpoint in {self.folder} is of another model; choose another output"
+                f"{self.run.name}: the checkpoint in {self.folder} is of another model, or of objectives "
+                "with other parameters; choose another output"
             )
         for name, parameter in zip(self.names, self.parameters, strict=True):
             parameter.data.copy_(saved.tensors["model"][name])
