@@ -232,7 +232,7 @@ def drawn(known: Codes, held_out: Codes, steps: int, seed: int) -> dict[str, flo
         "distance_data": frechet(features(known.codes[:DRAWN]), features(held_out.codes)),
     }
     pipe: Any = DynamicGrainPipeline(
-        refined, DDIMScheduler(clip_sample=False, timestep_spacing="trailing"),
+        refined, DDIMScheduler(clip_sample_range=3.0, timestep_spacing="trailing"),
         grain_transformer=train_grain(known, steps, seed), fine_ratio=known.grain.float().mean().item(),
     )  # fmt: skip
     for name, grain in (("true", held_out.grain[:DRAWN]), ("drawn", None), ("random", "random")):
