@@ -64,8 +64,7 @@ class ClassConditionalPipeline(DenoisingPipeline):
         if class_names is not None and len(class_names) != classes:
             raise ValueError(f"class_names: {len(class_names)} names for a model of {classes} classes")
         self.class_names = None if class_names is None else list(class_names)
-        if class_names is not None:  # a subclass without names has no place for them in its configuration
-            self.register_to_config(class_names=self.class_names)
+        self.register_to_config(class_names=self.class_names)
 
     @torch.no_grad()
     def __call__(

@@ -16,6 +16,9 @@ _HOMES = {
     "video-text-encoder": "ditkit.training.tasks.video_text_encoder:VideoTextEncoderTask",
     "text-to-video": "ditkit.training.tasks.text_to_video:TextToVideoTask",
     "class-to-image": "ditkit.training.tasks.class_to_image:ClassToImageTask",
+    "dynamic-autoencoder": "ditkit.training.tasks.dynamic_autoencoder:DynamicAutoencoderTask",
+    "grain": "ditkit.training.tasks.grain:GrainTask",
+    "dynamic-content": "ditkit.training.tasks.dynamic_content:DynamicContentTask",
 }
 
 
