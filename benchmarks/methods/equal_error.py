@@ -413,11 +413,11 @@ def main() -> None:
     options = parser.parse_args()
     lines = options.texts.read_text(encoding="utf-8").splitlines() if options.texts else (*PROMPTS, *HELDOUT)
     options.texts = [line for line in lines if line.strip()]
-    pipe = ditkit.load(options.model)
-    pipe.set_progress_bar_config(disable=True)
     claims: list[Claim] = []
     figures: dict[str, Any] = {}
     for steps in options.steps:
+        pipe = ditkit.load(options.model)  # anew: not every peer leaves a pipeline as it found it
+        pipe.set_progress_bar_config(disable=True)
         more, figures[str(steps)] = compare(pipe, steps, options)
         claims += more
         write(

@@ -16,9 +16,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-Kind = Literal["method", "model", "fitter"]
+Kind = Literal["method", "model", "fitter", "objective"]
 
-_HOMES: dict[str, str] = {"method": "ditkit.methods", "model": "ditkit.models", "fitter": "ditkit.fitting"}
+_HOMES: dict[str, str] = {
+    "method": "ditkit.methods",
+    "model": "ditkit.models",
+    "fitter": "ditkit.fitting",
+    "objective": "ditkit.training.objectives",
+}
 _entries: dict[tuple[str, str], Entry] = {}
 _discovered: set[str] = set()
 

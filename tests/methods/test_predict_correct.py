@@ -22,13 +22,16 @@ FLUX, OWN = TINY["FluxTransformer2DModel"], TINY["DiT"]
 
 def test_schedule() -> None:
     method = PredictCorrect(interval=4)
-    assert method.full_steps(28) == [0, 1, 3, 7, 10, 13, 17, 21, 24, 26, 27]
-    assert [method.computed_steps(steps) for steps in (1, 2, 3, 28, 50)] == [1, 2, 3, 11, 16]
-    for steps, interval, end_gap in itertools.product(range(1, 60), range(1, 9), (1, 2, 3)):
-        full = PredictCorrect(interval=interval, end_gap=end_gap).full_steps(steps)
-        gaps = [b - a for a, b in itertools.pairwise(full)]
-        assert full[0] == 0 and full[-1] == steps - 1 and all(0 < gap <= interval for gap in gaps)
-    assert PredictCorrect(interval=9, end_gap=3).full_steps(28) == [0, 3, 9, 18, 24, 27]
+    assert method.full_steps(28) == [0, 6, 11, 16, 20, 24, 26]
+    assert [method.computed_steps(steps) for steps in (1, 2, 3, 28, 50)] == [1, 1, 1, 7, 13]
+    for steps, interval, bend in itertools.product(range(1, 60), range(1, 9), (1, 1.5, 2, 7)):
+        method = PredictCorrect(interval=interval, bend=bend)
+        full = method.full_steps(steps)
+        gaps = [b - a for a, b in itertools.pairwise([*full, steps])]
+        assert full[0] == 0 and all(gap > 0 for gap in gaps), (steps, method)
+        # Never wider again, but for rounding.
+        assert all(later <= earlier + 1 for earlier, later in itertools.pairwise(gaps)), (steps, method)
+        assert len(full) == method.computed_steps(steps) == -(-steps // interval)
     assert PredictCorrect(interval=1).full_steps(7) == list(range(7))
 
 
@@ -45,15 +48,15 @@ def test_full_steps_are_those_of_a_run() -> None:
     assert report.flops * 13 == report.flops_dense * len(method.full_steps(13))
 
 
-def test_without_a_known_end_gaps_only_grow() -> None:
-    for options, computed in (({}, [0, 1, 3, 6, 9, 12]), ({"num_steps": 14}, [0, 1, 3, 5, 8, 10, 12, 13])):
+def test_without_a_known_end_gaps_are_even() -> None:
+    for options, computed in (({}, [0, 3, 6, 9, 12]), ({"num_steps": 14}, [0, 4, 7, 10, 13])):
         with ditkit.apply(model := FLUX.model(), PredictCorrect(interval=3, **options)) as run:
             denoise(model, FLUX, 14)
         assert run.report().computed_at == computed
 
 
-def drawn(degree: int, steps: int, scheduler: Any, *methods: PredictCorrect) -> Tensor:
-    """The final state where the prediction is a polynomial in the noise level, whatever the state."""
+def drawn(degree: float, steps: int, scheduler: Any, *methods: PredictCorrect) -> Tensor:
+    """The final state where the prediction is a power of the noise level, whatever the state."""
     pipe = Pipe(FLUX.model(), FLUX, scheduler)
     direction = torch.randn(1, 16, 4, generator=torch.Generator().manual_seed(0))
 
@@ -75,16 +78,31 @@ def test_exact_on_polynomials(shift: float) -> None:
 
     dense = drawn(2, 20, scheduler())
     for order, corrector, exact in ((2, 0, False), (0, 2, True), (1, 2, True), (2, 3, True), (1, 0, False)):
-        found = drawn(2, 20, scheduler(), PredictCorrect(order=order, corrector=corrector))
+        # The last step is a computed one here, so that no forecast is left uncorrected.
+        method = PredictCorrect(interval=2, bend=2, order=order, corrector=corrector)
+        assert method.full_steps(20)[-1] == 19
+        found = drawn(2, 20, scheduler(), method)
         error = float((found - dense).abs().max())
         # An order-2 predictor alone has too few samples at its first forecasts.
         assert (error < 1e-5) is exact, (order, corrector, error)
 
 
+@pytest.mark.parametrize("interval", [2, 3, 5])
+@pytest.mark.parametrize("bend", [1.0, 1.5, 2.5])
+def test_the_corrector_helps_where_the_prediction_is_smooth(interval: int, bend: float) -> None:
+    """Also where steps are computed one after the other, so that gaps fall out of the polynomial."""
+    dense = drawn(0.5, 30, FlowMatchEulerDiscreteScheduler())
+    errors = []
+    for corrector in (0, 2, 3):
+        method = PredictCorrect(interval, bend=bend, corrector=corrector)
+        errors.append(float((drawn(0.5, 30, FlowMatchEulerDiscreteScheduler(), method) - dense).norm()))
+    assert max(errors[1:]) < errors[0], errors
+
+
 def test_euler_in_sigma() -> None:
     scheduler = EulerDiscreteScheduler(beta_schedule="scaled_linear")
     dense = drawn(1, 12, EulerDiscreteScheduler(beta_schedule="scaled_linear"))
-    found = drawn(1, 12, scheduler, PredictCorrect(order=0, corrector=1))
+    found = drawn(1, 12, scheduler, PredictCorrect(2, bend=2, order=0, corrector=1))
     torch.testing.assert_close(found, dense, rtol=1e-4, atol=1e-4)
 
 
@@ -119,10 +137,10 @@ def _spoilt(out: Any, spoil: bool) -> Any:
     ("steps", "options", "words"),
     [
         (9, {"interval": 1}, "interval=1 computes every step"),
-        (3, {"num_steps": 3}, "nothing was forecast"),
+        (1, {"num_steps": 1}, "nothing was forecast"),
         (9, {}, "nothing was corrected"),
         (9, {}, "set num_steps"),
-        (9, {"num_steps": 9}, r"6 of 9 forwards were computed.*at most 1.50 times"),
+        (9, {"num_steps": 9}, r"3 of 9 forwards were computed.*at most 3.00 times"),
     ],
 )
 def test_plain_words(steps: int, options: dict[str, Any], words: str) -> None:
@@ -141,7 +159,7 @@ def test_other_schedulers_are_not_corrected() -> None:
 def test_bad_options() -> None:
     for options, words in (
         ({"interval": 0}, "interval must be a whole number of at least 1; got 0"),
-        ({"end_gap": 0}, "end_gap must be"),
+        ({"bend": 0.5}, "bend must be a number of at least 1; got 0.5"),
         ({"order": -1}, "order must be"),
         ({"corrector": 1.5}, "corrector must be"),
     ):
@@ -166,4 +184,4 @@ def test_compiled_without_a_graph_break() -> None:
 
 def test_ceiling() -> None:
     cost = ModelCost(steps=28, whole=11.0, outside=1.0, block=1.0)
-    assert PredictCorrect(interval=4).ceiling(cost) == 28 / 11
+    assert PredictCorrect(interval=4).ceiling(cost) == 28 / 7

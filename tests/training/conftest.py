@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
+from ditkit.training.trainer import train
+from training_recipes import options
+
 TINY_DIT = {
     "name": "tiny",
     "task": "class-to-image",
@@ -41,3 +44,9 @@ def training_file(tmp_path: Path):
         return path
 
     return write
+
+
+@pytest.fixture
+def teacher(training_file, tmp_path: Path) -> str:
+    """The export of a short training of a DiT."""
+    return str(train(training_file("teacher", steps=2, task_options=options("dit"))))

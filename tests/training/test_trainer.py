@@ -204,3 +204,36 @@ def test_kill_nine_loses_only_the_steps_since_the_checkpoint(training_file, tmp_
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_stopped_before_the_first_checkpoint_logs_every_step_once(training_file, tmp_path, monkeypatch):
+    take_step = training.Trainer._train_step
+
+    def dies(self):
+        if self.step == 2:
+            raise KeyboardInterrupt
+        return take_step(self)
+
+    monkeypatch.setattr(training.Trainer, "_train_step", dies)
+    path = training_file(checkpoint_every=6)
+    with pytest.raises(KeyboardInterrupt):
+        train(path)
+    monkeypatch.setattr(training.Trainer, "_train_step", take_step)
+    train(path, resume=True)
+    assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_measures_stand_beside_the_heldout_loss(training_file, tmp_path):
+    """With the averaged weights, wherever the held-out loss is taken."""
+    run = load(training_file(heldout_every=4)).stages[0]
+    seen = []
+
+    def measure(task, step):
+        seen.append(step)
+        return {"compared": float(step), "training": float(task.training)}
+
+    training.run_stage(run, tmp_path / "stage", {}, measure)
+    lines = (tmp_path / "stage" / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "heldout_loss" in row]
+    assert seen == [4, 6]
+    assert [(row["step"], row["compared"], row["training"]) for row in rows] == [(4, 4.0, 0.0), (6, 6.0, 0.0)]

@@ -1,4 +1,4 @@
-"""`ditkit methods` and `ditkit models`: what there is."""
+"""`ditkit methods`, `ditkit models` and `ditkit objectives`: what there is."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ditkit.cli.common import UsageError, console, guarded
 def add_to(app: typer.Typer) -> None:
     app.command(epilog="Example: ditkit methods taylorseer")(guarded(methods))
     app.command(epilog="Example: ditkit models")(guarded(models))
+    app.command(epilog="Example: ditkit objectives distillation")(guarded(objectives))
 
 
 def methods(
@@ -50,6 +51,13 @@ def models(
     architecture, variant = split(name)
     _show("model", architecture)
     _sizes(architecture, variant)
+
+
+def objectives(
+    name: Annotated[str | None, typer.Argument(help="Show this objective's options.")] = None,
+) -> None:
+    """List what a training file's `objective:` can name: changes to the loss, with their papers."""
+    _show("objective", name)
 
 
 def _sizes(architecture: str, variant: str | None) -> None:
@@ -106,10 +114,25 @@ def _show(kind: str, name: str | None) -> None:
         detail(registry.get(kind, name))  # pyright: ignore[reportArgumentType]
         return
     table = Table(kind, "what it does", "paper", "seam", "needs", header_style="bold", pad_edge=False)
+    table.columns[0].no_wrap = True
     for entry in registry.entries(kind).values():  # pyright: ignore[reportArgumentType]
         paper = f"[link={entry.paper.url}]arXiv {entry.paper.arxiv}[/link], {entry.paper.year}"
         table.add_row(entry.name, entry.summary, paper, ", ".join(entry.seam), ", ".join(entry.needs))
     console.print(table)
+
+
+def _keys(section) -> None:
+    """The keys of a section of a training file."""
+    from rich.markup import escape
+
+    table = Table("key", "type", "default", header_style="bold", pad_edge=False)
+    for name, field in section.model_fields.items():
+        default = "needed" if field.is_required() else str(field.default)
+        kind = getattr(field.annotation, "__name__", str(field.annotation))
+        table.add_row(name, escape(kind), escape(default))
+    console.print(table)
+    if section.__doc__:
+        console.print(escape(" ".join(section.__doc__.split())), highlight=False)
 
 
 def detail(entry) -> None:
@@ -122,6 +145,8 @@ def detail(entry) -> None:
     if entry.aliases:
         console.print(f"also called {', '.join(entry.aliases)}", highlight=False)
     console.print(f"seam: {', '.join(entry.seam)}; needs: {', '.join(entry.needs)}", highlight=False)
+    if entry.kind == "objective":
+        _keys(entry.target.Options)
     if not dataclasses.is_dataclass(entry.target):
         return
     table = Table("option", "type", "default", "tune tries", header_style="bold", pad_edge=False)

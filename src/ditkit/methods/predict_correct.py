@@ -5,17 +5,18 @@ Models", arXiv 2302.04867 (section 3, UniC), which a multistep solver gets witho
 it serves a cache that keeps the pipeline's own steps, as TaylorSeer (arXiv 2503.06923) does with features:
 - predict: at a skipped step the prediction v(sigma) is the polynomial through its last computed values;
 - correct: once a step is computed, the polynomial through the new value as well tells how far the skipped
-  steps since the last computed one went wrong, and that is made good in this step's update. It needs a
+  steps since the last computed one went wrong, and that is made good in this step's update; so is what the
+  new value tells of the skipped steps before that one, which now lie inside the polynomial (ours). It needs a
   scheduler whose update is an Euler step in sigma, x <- x + (sigma' - sigma) v: v + delta / (sigma' - sigma)
   moves x by delta more.
-No part of the transformer runs at a skipped step. Computed steps lie dense at both ends of the schedule,
-where v turns fastest: their gaps are 1, 2, 4, ... times `end_gap` up to `interval`, and so from the end.
+No part of the transformer runs at a skipped step. Of N steps K are computed, the j-th at
+N (1 - (1 - j/K)^bend): rarely while there is much noise and v hardly turns, more and more often after it.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -48,34 +49,35 @@ class PredictCorrect:
     """Forecast the prediction between computed steps. For inference.
 
     Args:
-        interval: largest gap between computed steps, >= 1. 1 computes all of them.
-        end_gap: the first and the last gap, >= 1; larger ones leave fewer computed steps than a large
-            `interval` alone.
+        interval: one of so many steps is computed, >= 1. 1 computes all of them.
+        bend: how much denser computed steps lie at the end, >= 1; at 1 they lie evenly.
         order: of the predictor's polynomial, >= 0.
         corrector: order of the corrector's polynomial, >= 1; 0: no correction.
         num_steps: length of a generation, for a loop of one's own over a bare transformer; a pipeline's
-            scheduler tells it. Without it gaps do not shrink towards the end.
+            scheduler tells it. Without it they lie evenly.
 
     Raises:
         ValueError: an option out of range.
     """
 
     interval: int = 4
-    end_gap: int = 1
-    order: int = 2
+    bend: float = 1.5
+    order: int = 1
     corrector: int = 3
     num_steps: int | None = None
 
     claims: ClassVar[frozenset[str]] = frozenset({"blocks"})
     search: ClassVar[Search] = {
         "interval": Range(2, 16),
-        "end_gap": Choice((1, 2, 3, 4)),
-        "order": Choice((2, 1, 3)),
+        "bend": Choice((1.5, 1.75, 2.0, 1.25, 1.0)),
+        "order": Choice((1, 2)),
         "corrector": Choice((3, 2, 0)),
     }
 
     def __post_init__(self) -> None:
-        least = {"interval": 1, "end_gap": 1, "order": 0, "corrector": 0, "num_steps": 1}
+        if not (isinstance(self.bend, int | float) and 1 <= self.bend < math.inf):
+            raise ValueError(f"bend must be a number of at least 1; got {self.bend!r}")
+        least = {"interval": 1, "order": 0, "corrector": 0, "num_steps": 1}
         for name, smallest in least.items():
             value = getattr(self, name)
             if name == "num_steps" and value is None:
@@ -85,30 +87,18 @@ class PredictCorrect:
 
     def full_steps(self, num_steps: int) -> list[int]:
         """Indices (0 = the noisiest step) of the steps that a generation of `num_steps` computes."""
-        first, last = [0], [num_steps - 1]
-        for gap in self._ramp():
-            for side, sign in ((first, 1), (last, -1)):
-                if last[-1] - first[-1] > gap:
-                    side.append(side[-1] + sign * gap)
-        start, room = first[-1], last[-1] - first[-1]
-        parts = -(-room // self.interval)
-        return sorted({*first, *last, *(start + round(room * part / parts) for part in range(1, parts))})
+        count = self.computed_steps(num_steps)
+        places = (num_steps * (1 - ((count - j) / count) ** self.bend) for j in range(count))
+        # The last ones would fall on one step: as many steps are left for each as follow it.
+        return [min(math.floor(place + 0.5), num_steps - count + j) for j, place in enumerate(places)]
 
     def is_full(self, index: int, num_steps: int | None) -> bool:
-        """Is this step of a generation computed? With no known end gaps only grow."""
-        if num_steps is not None:
-            return index in _schedule(self, num_steps)
-        ramp = [0, *itertools.accumulate(self._ramp())]
-        return index in ramp or (index > ramp[-1] and (index - ramp[-1]) % self.interval == 0)
-
-    def _ramp(self) -> list[int]:
-        """Gaps below `interval`, doubling."""
-        doubled = (self.end_gap * 2**power for power in itertools.count())
-        return list(itertools.takewhile(lambda gap: gap < self.interval, doubled))
+        """Is this step of a generation computed? With no known end they lie evenly."""
+        return index in _schedule(self, num_steps) if num_steps is not None else index % self.interval == 0
 
     def computed_steps(self, num_steps: int) -> int:
         """How many steps a generation of `num_steps` computes."""
-        return len(self.full_steps(num_steps))
+        return -(-num_steps // self.interval)
 
     def ceiling(self, cost: ModelCost) -> float:
         """At most so many times less work: nothing of the transformer runs at a skipped step."""
@@ -129,11 +119,13 @@ class _Track:
 
     Attributes:
         skipped: sigma and length of the skipped steps since the last computed one.
+        gaps: the last run of skipped steps, and how far it has moved the state, corrections included.
     """
 
     series: Trajectory
     dtype: torch.dtype
     skipped: list[tuple[float, float]] = field(default_factory=list)
+    gaps: list[tuple[list[tuple[float, float]], Tensor]] = field(default_factory=list)
 
 
 class _Outputs(OutputCache):
@@ -146,7 +138,8 @@ class _Outputs(OutputCache):
         self._uncorrected = self._end_unknown = False
 
     def nbytes(self) -> int:
-        return sum(track.series.nbytes for track in self.tracks.values())
+        tracks = self.tracks.values()
+        return sum(t.series.nbytes + sum(moved.nbytes for _, moved in t.gaps) for t in tracks)
 
     def skips(self, step: Step) -> bool:
         steps = step.num_steps if step.num_steps is not None else self.options.num_steps
@@ -166,15 +159,20 @@ class _Outputs(OutputCache):
             track = self.tracks[step.branch] = _Track(
                 Trajectory(highest, "newton", torch.float32), output.dtype
             )
-        x, to, skipped = step.at("sigma"), step.euler_to, track.skipped
-        track.skipped = []
-        before = _moved(track.series, skipped, options.order)
+        x, to = step.at("sigma"), step.euler_to
+        new = bool(track.skipped)
+        if new:
+            track.gaps.append((track.skipped, _moved(track.series, track.skipped, options.order)))
+            track.skipped = []
         # Copied: what a pipeline does to its prediction must not reach the series.
         track.series.add(x, output.float().clone())
-        after = _moved(track.series, skipped, options.corrector)
-        if before is None or after is None or to is None or to == x:
+        if to is None or to == x or not track.gaps:
             return None
-        return (output.float() + (after - before) / (to - x)).to(output.dtype)
+        moves = [(gap, _moved(track.series, gap, options.corrector)) for gap, _ in track.gaps]
+        missing = sum(now - then for (_, now), (_, then) in zip(moves, track.gaps, strict=True))
+        # Once more at the next computed step; after it, the gap no longer lies within the polynomial.
+        track.gaps = moves[-1:] if new and options.corrector > 1 else []
+        return (output.float() + missing / (to - x)).to(output.dtype)
 
     def recall(self, step: Step) -> Tensor:
         options, track = self.options, self.tracks[step.branch]
@@ -210,16 +208,15 @@ class _Outputs(OutputCache):
             )
         if self._end_unknown:
             notes.append(
-                "Predict and correct: the end of a generation was not known, so the steps before it lie no "
-                "denser: without a pipeline's scheduler set num_steps."
+                "Predict and correct: the end of a generation was not known, so computed steps lie "
+                "evenly: without a pipeline's scheduler set num_steps."
             )
         return notes
 
 
-def _moved(series: Trajectory, skipped: Sequence[tuple[float, float]], order: int) -> Tensor | None:
-    """How far skipped steps move the state by a series; None when there were none."""
-    parts = [series.at(x, order).float() * length for x, length in skipped]
-    return torch.stack(parts).sum(0) if parts else None
+def _moved(series: Trajectory, skipped: Sequence[tuple[float, float]], order: int) -> Tensor:
+    """How far skipped steps move the state by a series."""
+    return torch.stack([series.at(x, order).float() * length for x, length in skipped]).sum(0)
 
 
 @functools.lru_cache(maxsize=64)

@@ -5,13 +5,16 @@ Dimensions: B batch, C latent channels, H and W latent height and width.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import CacheMixin, ConfigMixin, ModelMixin
 from torch import Tensor, nn
 
 from ditkit.models.guidance import GuidedChannels, guide, guided_channels
+
+ProcessName = Literal["gaussian", "flow"]
 
 
 class ClassConditionalModel(ModelMixin, ConfigMixin, CacheMixin):
@@ -24,10 +27,12 @@ class ClassConditionalModel(ModelMixin, ConfigMixin, CacheMixin):
         latent_size: height and width that the model was built for.
         side_multiple: what both sides of a latent must be a multiple of.
         authors_guidance: the channels that the authors guide.
+        objectives: what the trainer always trains it with, by name, with options.
     """
 
     _supports_gradient_checkpointing = True
     authors_guidance: ClassVar[GuidedChannels] = 3
+    objectives: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     in_channels: int
     out_channels: int
     latent_size: tuple[int, int]
@@ -41,6 +46,21 @@ class ClassConditionalModel(ModelMixin, ConfigMixin, CacheMixin):
             checkpoint: Any = self._gradient_checkpointing_func  # set by enable_gradient_checkpointing
             return checkpoint(block, *arguments)
         return block(*arguments)
+
+    @property
+    def predicted_channels(self) -> int:
+        """Channels of what `forward` returns."""
+        return self.out_channels
+
+    def unfit_for(self, process: ProcessName) -> str | None:
+        """Why it can't be trained with a process, whole timesteps ("gaussian") or times from 0 to 1 ("flow");
+        None when it can."""
+        routing = getattr(self, "channel_routing", None)
+        if routing is None or routing.unit_time == (process == "flow"):
+            return None
+        if routing.unit_time:
+            return "its channels are routed by times from 0 to 1"
+        return "its channels are routed by whole timesteps; route a SiT, whose times run from 0 to 1"
 
     def example_inputs(self) -> dict[str, Tensor]:
         """Arguments of a forward of one sample at the size the model was built for, all zero, on the current

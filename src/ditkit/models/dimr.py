@@ -28,7 +28,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from ditkit.models.base import ClassConditionalModel, chosen
+from ditkit.models.base import ClassConditionalModel, ProcessName, chosen
+from ditkit.models.building import SETTINGS, DataShape
 from ditkit.models.layers import Attention, LabelDropout
 from ditkit.models.layouts import LAYOUTS, Layout, Settings, State, count, shapes_of
 from ditkit.registry import Paper, register
@@ -314,6 +315,7 @@ class DiMR(ClassConditionalModel):
     """
 
     authors_guidance = "all"
+    objectives = {"multi-scale": {}}
     _no_split_modules = ["TransformerBlock", "ConvNeXtBlock"]
 
     @register_to_config
@@ -363,6 +365,12 @@ class DiMR(ClassConditionalModel):
                 nn.init.trunc_normal_(module.weight, std=0.02, a=-2.0, b=2.0)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+    def unfit_for(self, process: ProcessName) -> str | None:
+        """Flow: its norms read whole timesteps, and its loss is that of noise at each resolution."""
+        if process == "flow":
+            return f"its norms read timesteps 0 to {self.config['num_timesteps'] - 1} and it predicts noise"
+        return super().unfit_for(process)
 
     def predictions(
         self, hidden_states: Tensor, time: Tensor, class_labels: Tensor | None
@@ -522,6 +530,13 @@ def dimr(variant: str | None = None, **config: Any) -> DiMR:
     given = {} if variant is None and "stages" in config else chosen(VARIANTS, variant or "xl/2r")
     return DiMR(**{**given, **config})
 
+
+def _for_data(shape: DataShape, variant: str | None) -> dict[str, Any]:
+    """Its size is that of its stages, and it learns no variance."""
+    return {"in_channels": shape.channels, "num_classes": shape.classes}
+
+
+SETTINGS["dimr"] = _for_data
 
 _NAMES = (
     (r"^stages\.", "stage_networks."),

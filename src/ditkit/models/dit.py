@@ -20,7 +20,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from ditkit.models.base import ClassConditionalModel, both_sides, chosen
+from ditkit.models.base import ClassConditionalModel, ProcessName, both_sides, chosen
 from ditkit.models.layers import (
     Attention,
     FinalLayer,
@@ -231,6 +231,17 @@ class SiT(DiT):
     """The same network for interpolants: times in [0, 1], variance channels computed but dropped."""
 
     unit_time = True
+
+    @property
+    def predicted_channels(self) -> int:
+        """Channels of what `forward` returns."""
+        return self.in_channels
+
+    def unfit_for(self, process: ProcessName) -> str | None:
+        """Gaussian diffusion: its times run from 0 to 1, and its variance channels are dropped."""
+        if process == "gaussian":
+            return "its times run from 0 to 1 and it predicts a velocity; a DiT is the same network for it"
+        return super().unfit_for(process)
 
     def head(self, tokens: Tensor, conditioning: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens (B, R S, D) to the prediction (B, C, H, W)."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ditkit import models
 from ditkit.models import dit
+from ditkit.models.building import SETTINGS, DataShape, settings_for
 from ditkit.models.layouts import LAYOUTS, Layout, Settings, State, dit_needs
 from ditkit.models.routing import channel_masks
 from ditkit.registry import Paper, register
@@ -29,6 +30,13 @@ if TYPE_CHECKING:
     from ditkit.processes import GaussianDiffusion
 
 # --- loss weightings ----------------------------------------------------------------------------------
+
+
+def min_snr_weights(process: GaussianDiffusion, t: Tensor, k: float = 5.0) -> Tensor:
+    """min(SNR, k) / SNR at steps t (B,) of a process, (B,), float32."""
+    abar = process.abar[t.cpu()]
+    snr = abar / (1 - abar)
+    return (snr.clamp(max=k) / snr).float().to(t.device)
 
 
 def min_snr_losses(
@@ -42,10 +50,7 @@ def min_snr_losses(
         t: steps of that process, (B,).
         k: the signal-to-noise ratio above which steps weigh less.
     """
-    abar = process.abar[t.cpu()].to(t.device)
-    snr = abar / (1 - abar)
-    weight = (snr.clamp(max=k) / snr).to(losses["mse"].dtype)
-    weighted = {**losses, "mse": weight * losses["mse"]}
+    weighted = {**losses, "mse": min_snr_weights(process, t, k) * losses["mse"]}
     return {**weighted, "loss": weighted["mse"] + losses.get("vb", 0.0)}
 
 
@@ -82,6 +87,18 @@ class UncertaintyWeighting(nn.Module):
         means = losses.unflatten(0, (groups, -1)).mean(1) / groups  # (G,)
         return (0.5 * (torch.exp(-self.loss_scale) * means + self.loss_scale)).sum()
 
+    def weights(self, group: Tensor) -> Tensor:
+        """What the loss of a sample of each group (B,) is multiplied with, (B,).
+
+        The mean over the whole batch of the losses so weighted, and `penalty`, add up to `forward`; both may
+        be taken of parts of a batch.
+        """
+        return 0.5 * torch.exp(-self.loss_scale)[group]
+
+    def penalty(self) -> Tensor:
+        """What keeps the weights from vanishing, a scalar."""
+        return 0.5 * self.loss_scale.sum()
+
 
 # --- in the registry ----------------------------------------------------------------------------------
 
@@ -105,6 +122,14 @@ def dtr(variant: str | None = None, routing: Mapping[str, Any] | None = None, **
     """
     name = _full_name(variant)
     return models.create(name, routing={"sharing_ratio": 0.8, **(routing or {})}, **config)
+
+
+def _for_data(shape: DataShape, variant: str | None) -> dict[str, Any]:
+    """As the model that is routed."""
+    return settings_for(_full_name(variant), shape)
+
+
+SETTINGS["dtr"] = _for_data
 
 
 def _full_name(variant: str | None) -> str:

@@ -31,6 +31,7 @@ from diffusers.models.normalization import AdaLayerNormSingle
 from torch import Tensor, nn
 
 from ditkit.models.base import ClassConditionalModel, both_sides, chosen
+from ditkit.models.building import SETTINGS, DataShape, usual_settings
 from ditkit.models.layers import (
     CrossAttention,
     LabelEmbedder,
@@ -112,7 +113,7 @@ class PTDiTBlock(RoutableBlock):
         Args:
             hidden_states: (B, P, n, D).
             conditioning: the time's vector, (B, 6, D).
-            *more: the `_Geometry` and the text (B, T, D) with its mask (B, 1, 1, T), or two None.
+            *more: the `Geometry` and the text (B, T, D) with its mask (B, 1, 1, T), or two None.
         """
         geometry, text, text_mask = more
         table = self.scale_shift_table + conditioning  # (B, 6, D)
@@ -141,7 +142,7 @@ class PTDiTBlock(RoutableBlock):
         return hidden_states + gate_mlp * self.ff(modulated)
 
 
-class _Geometry:
+class Geometry:
     """Grid, windows and proxies of one forward."""
 
     def __init__(self, grid: Grid, window: Grid, proxy: Grid, form: Any, device: torch.device) -> None:
@@ -347,7 +348,7 @@ class PTDiT(ClassConditionalModel):
                 text_mask = (blocked * _BLOCKED)[:, None, None]  # (B, 1, 1, T)
         patch = self.config["patch_size"]
         grid = (latent.shape[2], latent.shape[3] // patch, latent.shape[4] // patch)
-        geometry = _Geometry(grid, self.window, self.proxy_sides, self.config["proxy"], windows.device)
+        geometry = Geometry(grid, self.window, self.proxy_sides, self.config["proxy"], windows.device)
         mask = None if self.channel_routing is None else self.channel_routing(timestep, dtype=windows.dtype)
         mask = None if mask is None else mask.unsqueeze(1)  # (B, 1, 1, D)
         for block in self.transformer_blocks:
@@ -419,6 +420,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def pt_dit(variant: str | None = None, **config: Any) -> PTDiT:
     """A fresh PT-DiT of a named variant ("xl"; None: the defaults), with changes to its config."""
     return PTDiT(**{**chosen(VARIANTS, variant), **config})
+
+
+def _for_data(shape: DataShape, variant: str | None) -> dict[str, Any]:
+    """Classes in place of captions."""
+    return {**usual_settings(shape, variant), "caption_channels": None}
+
+
+SETTINGS["pt-dit"] = _for_data
 
 
 def _infer(state: State, options: Mapping[str, Any]) -> Settings:

@@ -166,16 +166,17 @@ class SwitchDiT(DiT):
         best = gates.topk(active, dim=-1).indices
         return torch.zeros_like(gates).scatter(-1, best, 1.0).flatten(1)
 
-    def prior_loss(self, timestep: Tensor) -> Tensor:
+    def prior_loss(self, timestep: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The prior loss of a training batch; add it to the diffusion loss (the authors: with weight 1).
 
         Args:
             timestep: whole timesteps of the schedule, (B,).
+            generator: of the CPU, breaks ties between experts; None: the global one.
         """
         num_experts, active = self.expert_counts
         depth, steps = len(self.blocks), self.config["num_timesteps"]
         prior = prior_table(steps, depth, num_experts, active).to(self.device)
-        assignment = match(self.choices(), prior, shuffle=True)
+        assignment = match(self.choices(), prior, shuffle=True, generator=generator)
         return prior_divergence(self.probabilities(timestep), prior[timestep.long()][:, assignment], depth)
 
 
@@ -192,17 +193,21 @@ def matching_cost(choices: Tensor, prior: Tensor) -> Tensor:
     return choices.T @ (1 - prior) + (1 - choices).T @ prior
 
 
-def match(choices: Tensor, prior: Tensor, shuffle: bool = False) -> Tensor:
+def match(
+    choices: Tensor, prior: Tensor, shuffle: bool = False, generator: torch.Generator | None = None
+) -> Tensor:
     """The prior's unit for each expert, (A,), so that their differences over time are least in sum.
 
     Args:
         choices: the experts taken at each timestep, (S, A).
         prior: (S, A).
         shuffle: break ties at random, as in the authors' training.
+        generator: of that draw, on the CPU; None: the global one.
     """
     cost = matching_cost(choices, prior).cpu()
-    order = torch.randperm(len(cost)) if shuffle else torch.arange(len(cost))
-    columns = torch.randperm(len(cost)) if shuffle else torch.arange(len(cost))
+    order = columns = torch.arange(len(cost))
+    if shuffle:
+        order, columns = (torch.randperm(len(cost), generator=generator) for _ in range(2))
     rows, units = linear_sum_assignment(cost[order][:, columns].numpy())
     assignment = torch.empty(len(cost), dtype=torch.long)
     assignment[order[torch.from_numpy(rows)]] = columns[torch.from_numpy(units)]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ditkit.data.config import DataConfig, Section
 
@@ -47,7 +47,11 @@ class EMAConfig(Section):
 
 
 class RunConfig(Section):
-    """One run of the trainer. `task` names what is trained; `task_options` are its own keys."""
+    """One run of the trainer.
+
+    `task` names what is trained; `task_options` are its own keys. `objective` are changes to its loss: names
+    (`ditkit objectives`) and their options, in any order.
+    """
 
     name: str
     task: str
@@ -58,6 +62,7 @@ class RunConfig(Section):
     accumulation: int = Field(default=1, ge=1)
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     data: DataConfig = DataConfig()
+    objective: dict[str, dict[str, Any]] = {}
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     ema: EMAConfig | None = EMAConfig()
@@ -67,6 +72,17 @@ class RunConfig(Section):
     keep_checkpoints: int = Field(default=2, ge=1)
     heldout_every: int = Field(default=0, ge=0, description="0: never")
     tracker: str | None = "tensorboard"
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _known_objectives(cls, chosen: Any) -> Any:
+        if not isinstance(chosen, dict) or not chosen:
+            return chosen
+        from ditkit.training import objectives  # needs torch, which a file without objectives does not
+
+        chosen = {name: {} if options is None else options for name, options in chosen.items()}
+        objectives.read_options(chosen)
+        return chosen
 
     @model_validator(mode="after")
     def _divisible(self) -> RunConfig:
@@ -103,14 +119,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Train
         ConfigError: names each bad key and what was seen.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no training file at {path}")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected keys and values, got {type(raw).__name__}")
+    raw = read(path, "training file")
     if "stages" not in raw:
         output = raw.pop("output", None)
         raw = {"output": output or f"runs/{raw.get('name', path.stem)}", "stages": [raw]}
@@ -119,11 +128,36 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Train
     try:
         return TrainingFile.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(f"{path}: " + "; ".join(_explain(e) for e in error.errors())) from error
+        raise ConfigError(f"{path}: {explain(error)}") from error
+
+
+def read(path: Path, what: str) -> dict[str, Any]:
+    """The keys and values of a YAML file; `what` it is, for messages.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        ConfigError: it is no YAML, or no mapping.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no {what} at {path}")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected keys and values, got {type(raw).__name__}")
+    return raw
+
+
+def explain(error: ValidationError) -> str:
+    """Every bad key, what is wrong with it and what was seen, in one line."""
+    return "; ".join(map(_explain, error.errors()))
 
 
 def _explain(error: Any) -> str:
     where = ".".join(map(str, error["loc"])) or "file"
+    if error["type"] == "value_error":  # our own words, which say what was seen
+        return f"{where}: {error['ctx']['error']}"
     seen = "" if error["type"] in ("missing", "extra_forbidden") else f" (got {error['input']!r})"
     if error["type"] == "extra_forbidden":
         return f"{where}: no such key"
@@ -148,16 +182,30 @@ def _override(raw: dict[str, Any], text: str) -> None:
             )
     if not parts:
         raise ConfigError(f"override {text!r} names a stage, not a key in it")
+    assign(node, parts, value, text)
+
+
+def assign(node: Any, parts: list[str], value: str, text: str) -> None:
+    """Set a key deep in a file's mappings and lists.
+
+    Args:
+        node: where `parts` begin.
+        parts: keys, and numbers of list items.
+        value: read as YAML.
+        text: the whole override, for messages.
+
+    Raises:
+        ConfigError: there is no such place, or the value is no YAML.
+    """
     *path, last = parts
     for part in path:
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
-                raise ConfigError(
-                    f"override {text!r}: {part!r} is not one of the {len(node)} stages' numbers"
-                )
+                raise ConfigError(f"override {text!r}: {part!r} is not one of the {len(node)} items' numbers")
             node = node[int(part)]
         else:
-            node = node.setdefault(part, {})
+            node[part] = {} if node.get(part) is None else node[part]  # `min-snr:` alone is an empty section
+            node = node[part]
         if not isinstance(node, dict | list):
             raise ConfigError(f"override {text!r}: {part!r} holds a value, not keys")
     try:
@@ -165,5 +213,5 @@ def _override(raw: dict[str, Any], text: str) -> None:
     except yaml.YAMLError as error:
         raise ConfigError(f"override {text!r}: {error}") from error
     if not isinstance(node, dict):
-        raise ConfigError(f"override {text!r}: name a key of the stage too")
+        raise ConfigError(f"override {text!r}: name a key of the item too")
     node[last] = parsed

@@ -6,20 +6,41 @@ what AdamW's does) and leaves embeddings, vectors and convolutions to AdamW.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
 from ditkit.training.config import OptimizerConfig
 
 
-def create(config: OptimizerConfig, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """The optimizers of a run; each trainable parameter belongs to exactly one."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+@dataclass(frozen=True)
+class OwnRate:
+    """Parameters with a learning rate of their own (the schedule's factor applies) under plain AdamW."""
+
+    parameters: list[nn.Parameter]
+    lr: float
+    weight_decay: float = 0.0
+
+
+def create(
+    config: OptimizerConfig, model: nn.Module, own: Sequence[OwnRate] = ()
+) -> list[torch.optim.Optimizer]:
+    """The optimizers of a run; each trainable parameter belongs to exactly one.
+
+    Args:
+        model: what is trained.
+        own: parameters of it that do not follow the run's learning rate and weight decay.
+    """
+    apart = {id(p) for rate in own for p in rate.parameters}
+    trainable = [p for p in model.parameters() if p.requires_grad and id(p) not in apart]
     matrices: set[int] = set()
     if config.kind == "muon":
         for module in model.modules():
             if isinstance(module, nn.Linear) and module.weight.requires_grad:
                 matrices.add(id(module.weight))
+    matrices -= apart
     rest = [p for p in trainable if id(p) not in matrices]
     optimizers: list[torch.optim.Optimizer] = []
     if rest:
@@ -29,7 +50,7 @@ def create(config: OptimizerConfig, model: nn.Module) -> list[torch.optim.Optimi
             betas=config.betas,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            foreach=True,
+            fused=True,  # one pass over the memory; on a CPU `foreach` is a loop of a dozen
         )
         optimizers.append(adamw)
     if matrices:
@@ -41,4 +62,8 @@ def create(config: OptimizerConfig, model: nn.Module) -> list[torch.optim.Optimi
             adjust_lr_fn="match_rms_adamw",
         )
         optimizers.append(muon)
+    for rate in own:
+        optimizers.append(
+            torch.optim.AdamW(rate.parameters, lr=rate.lr, weight_decay=rate.weight_decay, foreach=True)
+        )
     return optimizers

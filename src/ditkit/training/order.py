@@ -70,27 +70,38 @@ class BatchNoise:
 
     Each draw is made for the whole batch and the rows are picked from it, so that the split over processes
     and accumulation steps changes nothing.
+
+    Attributes:
+        step: updates made before this one.
+        batch_size: of the whole batch.
+        rows: which rows of it these are, (B,), int64 on the CPU.
     """
 
     def __init__(
         self, seed: int, step: int, batch_size: int, rows: torch.Tensor, device: torch.device
     ) -> None:
         self._generator = torch.Generator().manual_seed(mix(seed, step, 1))
-        self._batch_size = batch_size
-        self._rows = rows
+        self.step = step
+        self.batch_size = batch_size
+        self.rows = rows
         self._device = device
 
     def normal(self, *shape: int) -> torch.Tensor:
         """Standard normal numbers `(rows, *shape)`."""
-        return torch.randn(self._batch_size, *shape, generator=self._generator)[self._rows].to(self._device)
+        return torch.randn(self.batch_size, *shape, generator=self._generator)[self.rows].to(self._device)
 
     def uniform(self, *shape: int) -> torch.Tensor:
         """Uniform numbers in [0, 1), `(rows, *shape)`."""
-        return torch.rand(self._batch_size, *shape, generator=self._generator)[self._rows].to(self._device)
+        return torch.rand(self.batch_size, *shape, generator=self._generator)[self.rows].to(self._device)
 
     def shared(self) -> float:
         """One uniform number in [0, 1), the same for every row of the batch."""
         return float(torch.rand((), generator=self._generator))
+
+    def shared_generator(self) -> torch.Generator:
+        """A CPU generator for draws of any size that are the same for every row of the batch."""
+        seed = torch.randint(2**62, (), generator=self._generator)
+        return torch.Generator().manual_seed(int(seed))
 
 
 def split_rows(batch_size: int, parts: int) -> Iterator[torch.Tensor]:

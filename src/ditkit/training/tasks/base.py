@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -12,6 +12,7 @@ from torch import nn
 
 from ditkit.data.config import Section
 from ditkit.training.config import ConfigError, RunConfig
+from ditkit.training.optimizers import OwnRate
 from ditkit.training.order import BatchNoise
 
 
@@ -28,6 +29,7 @@ class Task(nn.Module):
     """
 
     Options: type[TaskOptions] = TaskOptions
+    takes_objectives: ClassVar[bool] = False
 
     def __init__(self, run: RunConfig, folder: Path, earlier: dict[str, Path]) -> None:
         """`folder`: this stage's folder. `earlier`: the folders of the stages before it, by name."""
@@ -35,6 +37,11 @@ class Task(nn.Module):
         self.run = run
         self.folder = folder
         self.earlier = earlier
+        if run.objective and not self.takes_objectives:
+            raise ConfigError(
+                f"{run.name}.objective: task {run.task!r} has its own loss and takes none "
+                f"(got {', '.join(run.objective)})"
+            )
         try:
             self.options: Any = self.Options.model_validate(run.task_options)
         except ValidationError as error:
@@ -54,6 +61,17 @@ class Task(nn.Module):
             )
         return self.earlier[name] / "export"
 
+    def model_folder(self, name: str) -> Path:
+        """The export of the earlier stage of that name, or the folder at that path.
+
+        Raises:
+            ValueError: there is neither.
+        """
+        folder = self.stage_folder(name) if name in self.earlier else Path(name)
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"no stage before this one and no model folder (config.json) is called {name!r}")
+        return folder
+
     @property
     def sample_count(self) -> int:
         """Number of training samples."""
@@ -66,6 +84,10 @@ class Task(nn.Module):
     def forward(self, indices: torch.Tensor, noise: BatchNoise) -> dict[str, torch.Tensor]:
         """Losses of the samples `indices` (B,): scalars, means over the samples; `"loss"` is minimised."""
         raise NotImplementedError
+
+    def own_rates(self) -> list[OwnRate]:
+        """Parameters that do not follow the run's learning rate."""
+        return []
 
     def heldout_loss(self) -> dict[str, float]:
         """Losses on samples that are never trained on, with fixed noise; empty when the task has none."""

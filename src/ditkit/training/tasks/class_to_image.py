@@ -1,8 +1,9 @@
 """Train a class-conditional architecture: Gaussian diffusion with learned variance, or flow matching.
 
 The network sees pixels (scaled to `pixels` a side) or the latents of an autoencoder: an earlier stage's name
-or a folder. Classes are the emoji groups, or the folders that the picture files lie in. The export is the
-model's own folder (`save_pretrained`) with `process.json` beside it.
+or a folder. Classes are the emoji groups, or the folders that the picture files lie in. It starts afresh, or
+from a trained network of another architecture (`inherit_from`). The file's `objective:` changes the loss. The
+export is the model's own folder (`save_pretrained`) with `process.json` beside it.
 """
 
 from __future__ import annotations
@@ -16,23 +17,28 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from ditkit import models
 from ditkit.data.pictures import class_labels, grid, open_pictures, periods
+from ditkit.models.building import DataShape, build
 from ditkit.processes.gaussian import GaussianDiffusion
 from ditkit.processes.gaussian_sampling import trajectory
 from ditkit.processes.transport import Transport
 from ditkit.processes.transport_sampling import sample_ode
+from ditkit.training import objectives
 from ditkit.training.config import ConfigError
+from ditkit.training.objectives import Setting, TrainingStep
+from ditkit.training.optimizers import OwnRate
 from ditkit.training.order import BatchNoise, mix
 from ditkit.training.tasks.base import Task, TaskOptions
 from ditkit.training.tasks.latents import decode_pictures, encode_pictures
 
 
 class ClassToImageOptions(TaskOptions):
-    """`process`: `gaussian` trains noise and variance, `flow` velocity on the linear path."""
+    """`process`: `gaussian` trains noise, and variance where the network learns one, `flow` velocity on the
+    linear path. `inherit_from`: an earlier stage or a model's folder."""
 
     arch: str
     model: dict[str, Any] = {}
+    inherit_from: str | None = None
     process: Literal["gaussian", "flow"] = "gaussian"
     pixels: int | None = None
     autoencoder: str | None = None
@@ -42,9 +48,11 @@ class ClassToImageOptions(TaskOptions):
 
 class ClassToImageTask(Task):
     Options = ClassToImageOptions
+    takes_objectives = True
     autoencoder: Any
     samples: torch.Tensor
     labels: torch.Tensor
+    process: GaussianDiffusion | Transport
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -56,24 +64,54 @@ class ClassToImageTask(Task):
         self.autoencoder = self._open_autoencoder()
         self.register_buffer("samples", self._encode(self.pictures), persistent=False)  # (N, C, H, W)
         self.register_buffer("labels", labels, persistent=False)  # (N,)
-        model = {
-            "input_size": tuple(self.samples.shape[2:]),
-            "in_channels": self.samples.shape[1],
-            "num_classes": len(self.classes),
-            "learn_sigma": options.process == "gaussian",
-            **options.model,
-        }
-        self.model = models.create(options.arch, **model)
-        self.gaussian = GaussianDiffusion.create(1000)
-        self.transport = Transport()
+        self.model: Any = self._build()
+        self.process = Transport() if options.process == "flow" else self._gaussian()
+        self.objectives = self._objectives()
+
+    def _build(self) -> Any:
+        options = self.options
+        channels, height, width = self.samples.shape[1:]
+        shape = DataShape((height, width), channels, len(self.classes), options.process == "gaussian")
+        try:
+            start = self.model_folder(options.inherit_from) if options.inherit_from else None
+            model = build(options.arch, shape, options.model, start)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"{self.run.name}.task_options: {error}") from error
+        if reason := model.unfit_for(options.process):
+            raise ConfigError(
+                f"{self.run.name}.task_options.process: {options.process} can't train {options.arch}: "
+                f"{reason}"
+            )
+        if model.y_embedder.dropout <= 0 < options.class_dropout:
+            raise ConfigError(
+                f"{self.run.name}.task_options.class_dropout: {options.class_dropout} needs a null class; "
+                "set it to 0, or model.class_dropout_prob above 0"
+            )
+        return model
+
+    def _gaussian(self, respacing: str = "") -> GaussianDiffusion:
+        learned = self.model.predicted_channels > self.model.in_channels
+        variance = "learned_range" if learned else "fixed_small"
+        return GaussianDiffusion.create(1000, respacing, variance=variance)
+
+    def _objectives(self) -> objectives.Objectives:
+        """What the network is always trained with, and what the file asks for."""
+        chosen = {**self.model.objectives, **self.run.objective}
+        facts = {"process": self.options.process, "classes": self.classes}
+        setting = Setting(self.model, self.process, self.run.batch_size, facts, self.model_folder)
+        try:
+            return objectives.create(chosen, setting)
+        except ValueError as error:
+            raise ConfigError(f"{self.run.name}.objective: {error}") from error
 
     def _open_autoencoder(self) -> Any:
         name = self.options.autoencoder
         if name is None:
             return None
-        folder = self.stage_folder(name) if name in self.earlier else Path(name)
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"{self.run.name}.task_options.autoencoder: no stage and no folder {name!r}")
+        try:
+            folder = self.model_folder(name)
+        except ValueError as error:
+            raise ConfigError(f"{self.run.name}.task_options.autoencoder: {error}") from error
         return AutoencoderKL.from_pretrained(folder).requires_grad_(False)
 
     @torch.no_grad()
@@ -95,54 +133,105 @@ class ClassToImageTask(Task):
     def sample_periods(self) -> list[int] | None:
         return periods(self.run.data, self.pictures)
 
-    def forward(self, indices: torch.Tensor, noise: BatchNoise) -> dict[str, torch.Tensor]:
-        return self._losses(self.samples[indices], self.labels[indices], noise)
+    def own_rates(self) -> list[OwnRate]:
+        return self.objectives.own_rates()
 
-    def _losses(
-        self, clean: torch.Tensor, labels: torch.Tensor, noise: BatchNoise
-    ) -> dict[str, torch.Tensor]:
-        epsilon, times = noise.normal(*clean.shape[1:]), noise.uniform()  # (B, C, H, W), (B,)
+    def forward(self, indices: torch.Tensor, noise: BatchNoise) -> dict[str, torch.Tensor]:
+        epsilon = noise.normal(*self.samples.shape[1:])  # (B, C, H, W)
+        uniform = self.objectives.times(noise.uniform(), noise)  # (B,)
+        step = self._step(self.samples[indices], self.labels[indices], epsilon, uniform, noise)
+        return self.objectives(step)
+
+    def _step(
+        self,
+        clean: torch.Tensor,
+        labels: torch.Tensor,
+        epsilon: torch.Tensor,
+        uniform: torch.Tensor,
+        noise: BatchNoise,
+    ) -> TrainingStep:
+        """The network's prediction and the process's losses for samples (B, C, H, W) with noise like them.
+
+        Args:
+            uniform: where in the schedule the samples lie, (B,) in [0, 1).
+            noise: draws which labels are dropped.
+        """
         dropped = (noise.uniform() < self.options.class_dropout).long()  # (B,)
+        if self.model.y_embedder.dropout <= 0:
+            dropped = None
+        seen: list[Any] = []
 
         def network(state: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            output = self.model(state, t, labels, force_drop_ids=dropped, return_dict=False)[0]
-            return output.float()
+            result = self.model(state, t, labels, force_drop_ids=dropped)
+            output = result.sample.float()
+            stages = getattr(result, "stages", None)
+            seen.extend((state, t, output, [output] if stages is None else [s.float() for s in stages]))
+            return output
 
-        if self.options.process == "gaussian":
-            steps = (times * self.gaussian.num_steps).long()
-            losses = self.gaussian.training_losses(network, clean, steps, epsilon)
+        if isinstance(self.process, GaussianDiffusion):
+            times = (uniform * self.process.num_steps).long()
+            losses = self.process.training_losses(network, clean, times, epsilon)
         else:
-            losses = self.transport.training_losses(network, clean, epsilon, times)
-        return {name: value.mean() for name, value in losses.items()}
+            times = uniform
+            losses = self.process.training_losses(network, clean, epsilon, times)
+        noisy, model_timestep, output, outputs = seen
+        return TrainingStep(
+            model=self.model,
+            process=self.process,
+            step=noise.step,
+            progress=noise.step / self.run.steps,
+            clean=clean,
+            noise=epsilon,
+            noisy=noisy,
+            timestep=times,
+            model_timestep=model_timestep,
+            labels=labels,
+            dropped=dropped,
+            output=output,
+            outputs=outputs,
+            losses=losses,
+            draws=noise,
+        )
 
-    def heldout_loss(self) -> dict[str, float]:
+    def heldout_loss(self, seed: int | None = None) -> dict[str, float]:
+        """The process's losses, without objectives, so that runs can be compared.
+
+        Args:
+            seed: of the noise; None: the run's own.
+        """
         pictures = open_pictures(self.run.data, "heldout")
-        labels = class_labels(pictures, self.classes)[0]
+        labels = class_labels(pictures, self.classes)[0].to(self.samples.device)
         rows = torch.arange(len(pictures))
-        noise = BatchNoise(self.run.seed, 0, len(pictures), rows, self.samples.device)
-        return {
-            name: float(value) for name, value in self._losses(self._encode(pictures), labels, noise).items()
-        }
+        seed = self.run.seed if seed is None else seed
+        noise = BatchNoise(seed, 0, len(pictures), rows, self.samples.device)
+        clean = self._encode(pictures).to(self.samples.device)
+        epsilon, uniform = noise.normal(*clean.shape[1:]), noise.uniform()
+        losses = self._step(clean, labels, epsilon, uniform, noise).losses
+        return {name: float(value.mean()) for name, value in losses.items()}
 
     def draw(self) -> Image.Image:
         """One row of eight for each of the first eight classes, without guidance."""
         classes = torch.arange(min(8, len(self.classes))).repeat_interleave(8)
-        generator = torch.Generator().manual_seed(mix(self.run.seed, 3))
+        return grid(self.sample(classes, torch.Generator().manual_seed(mix(self.run.seed, 3))), columns=8)
+
+    def sample(self, classes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Pictures (B, 3, h, w) in [-1, 1] of classes (B,), without guidance; the noise is `generator`'s."""
         start = torch.randn(len(classes), *self.samples.shape[1:], generator=generator)
+        start, classes = start.to(self.samples.device), classes.to(self.samples.device)
 
         def network(state: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return self.model(state, t, classes, return_dict=False)[0].float()
 
-        if self.options.process == "gaussian":
-            process = GaussianDiffusion.create(1000, str(self.options.preview_steps))
+        if isinstance(self.process, GaussianDiffusion):
+            process = self._gaussian(str(self.options.preview_steps))
             *_, images = trajectory(process, network, start, generator=generator)
         else:
             images = sample_ode(
-                self.transport, network, start, method="euler", points=self.options.preview_steps + 1
+                self.process, network, start, method="euler", points=self.options.preview_steps + 1
             )[-1]
         if self.autoencoder is not None:
             images = decode_pictures(self.autoencoder, images)
-        return grid(images, columns=8)
+        return images
 
     def export(self, folder: Path) -> None:
         self.model.save_pretrained(folder)

@@ -1,0 +1,161 @@
+"""What an objective sees of a training step, and where it may act on the loss.
+
+The loss of a batch is the mean over its samples of
+
+    (product of sample weights) x ((product of error weights) x error + bound)
+
+and the sum of the terms, each with its weight. `error` is how far the prediction is off and `bound` what a
+learned variance adds; without objectives it is what the process gives, bit for bit. A batch is shared by
+processes and accumulation steps: an objective sees some of its rows, all parts have equally many, and the
+loss is the mean over the parts. Whatever concerns the whole batch follows from `draws` (`rows`, `batch_size`,
+draws that are the same in every part).
+
+Dimensions: B samples of the part at hand, C channels, H and W.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ditkit.data.config import Section
+from ditkit.processes.gaussian import GaussianDiffusion
+from ditkit.processes.transport import Transport
+from ditkit.training.order import BatchNoise
+
+Process = GaussianDiffusion | Transport
+
+
+def model_folder(name: str) -> Path:
+    """The folder at that path, where there are no stages."""
+    return Path(name)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the objectives of a run are built for.
+
+    Args:
+        model: the network that is trained.
+        process: how samples are noised, and what the network predicts.
+        batch_size: of the whole batch.
+        facts: what is known of the training beside the network: "process", "classes", ...
+        find: the folder of a model that a file names: an earlier stage's export, or a path.
+    """
+
+    model: Any
+    process: Process
+    batch_size: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    find: Callable[[str], Path] = model_folder
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """A training step after the network's forward and before the backward.
+
+    Args:
+        model: the network, unwrapped.
+        process: how samples were noised.
+        step: updates made before.
+        progress: share of the run done, 0 to below 1.
+        clean, noise, noisy: samples, their noise and what the network saw, (B, C, H, W).
+        timestep: steps of the process, or times in [0, 1] of a flow, (B,).
+        model_timestep: what the network was given, (B,).
+        labels: (B,), before dropping.
+        dropped: 1 where the label was dropped, (B,); None for a model without null class.
+        output: the network's prediction, float32, (B, C_out, H, W).
+        outputs: those of all resolutions, lowest first, of a model that has several; else `output` alone.
+        losses: what the process gives, (B,) each: "loss" and its parts.
+        draws: random numbers of the batch, and which rows of it these are.
+    """
+
+    model: Any
+    process: Process
+    step: int
+    progress: float
+    clean: Tensor
+    noise: Tensor
+    noisy: Tensor
+    timestep: Tensor
+    model_timestep: Tensor
+    labels: Tensor
+    dropped: Tensor | None
+    output: Tensor
+    outputs: list[Tensor]
+    losses: dict[str, Tensor]
+    draws: BatchNoise
+
+
+class Term(NamedTuple):
+    """A loss of its own, a scalar or (B,), logged as it is and added with its weight."""
+
+    value: Tensor
+    weight: float = 1.0
+
+
+class Objective(nn.Module):
+    """One change to the loss. What it does not override it leaves alone.
+
+    Its parameters are trained, averaged and checkpointed with the model's, and are not exported. Modules that
+    are not trained must be frozen (`requires_grad_(False)`), and are rebuilt at the start.
+
+    Attributes:
+        claims: what only one objective may do: "times", "error".
+        learning_rate: of its own parameters, without weight decay; None: as the run's.
+    """
+
+    Options: type[Section] = Section
+    claims: ClassVar[frozenset[str]] = frozenset()
+    learning_rate: float | None = None
+
+    def __init__(self, options: Any, setting: Setting) -> None:
+        """
+        Raises:
+            ValueError: the model or the process does not allow it; the reason.
+        """
+        super().__init__()
+        self.options = options
+
+    def times(self, uniform: Tensor, draws: BatchNoise) -> Tensor:
+        """Where in the schedule the samples lie: uniform numbers (B,) to others in [0, 1); claim "times"."""
+        raise NotImplementedError
+
+    def error(self, step: TrainingStep) -> Tensor:
+        """The prediction's error in place of the process's, (B,); claim "error"."""
+        raise NotImplementedError
+
+    def error_weight(self, step: TrainingStep) -> Tensor | None:
+        """What the prediction's error is multiplied with, (B,); the bound is not."""
+        return None
+
+    def sample_weight(self, step: TrainingStep) -> Tensor | None:
+        """What the whole loss of a sample is multiplied with, (B,)."""
+        return None
+
+    def terms(self, step: TrainingStep) -> dict[str, Term]:
+        """Losses that are added, by the name under which they are logged."""
+        return {}
+
+
+def gaussian(process: Process) -> GaussianDiffusion:
+    """The process, which must be Gaussian with whole timesteps and predict the noise.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(process, GaussianDiffusion):
+        raise ValueError("its timesteps are those of Gaussian diffusion; it does not go with process: flow")
+    if process.prediction != "epsilon":
+        raise ValueError(f"it needs a network that predicts noise; got prediction={process.prediction!r}")
+    return process
+
+
+def without_autocast(tensor: Tensor) -> torch.autocast:
+    """A context in which computations beside the network stay in float32."""
+    return torch.autocast(tensor.device.type, enabled=False)
