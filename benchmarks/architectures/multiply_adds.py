@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.record import Claim, arguments, write
 from ditkit.models.dit import DiTBlock
@@ -22,6 +21,7 @@ from ditkit.models.lamamba_diff import LaMambaBlock
 from ditkit.models.layers import Attention
 from ditkit.models.pt_dit import PTDiT, relative_attention_cost
 from ditkit.models.selective_scan import scan_multiply_adds
+from ditkit.seams.stats import attention_of, flop_counter
 
 WIDTH, HEADS, STATE, WINDOW = 128, 4, 16, 8
 SIDES = (16, 32, 64)  # of the grid of tokens: N = 256, 1024, 4096
@@ -29,24 +29,12 @@ PROXY_WINDOWS = {16: 2, 32: 4, 64: 8}  # side of PT-DiT's windows, of 256, 512 a
 PRINTED = {16: 0.343, 32: 0.097, 64: 0.047}  # the paper's figures
 
 
-def counted(call: Callable[[], Any]) -> int:
-    """Multiply-adds of the matrix products and convolutions of a call."""
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+def counted(call: Callable[[], Any], attention: bool = False) -> int:
+    """Multiply-adds of the matrix products and convolutions of a call, or of its attention alone: scores and
+    sums, without the projections."""
+    with torch.device("meta"), torch.no_grad(), flop_counter() as counter:
         call()
-    return counter.get_total_flops() // 2
-
-
-def of_products(call: Callable[[], Any]) -> int:
-    """Multiply-adds of a call's attention alone: scores and sums, without the projections.
-
-    Attention over shapes is counted as batched products; the projections are plain ones.
-    """
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        call()
-    by_operator = counter.get_flop_counts()["Global"]
-    products = {str(operator): flops for operator, flops in by_operator.items()}
-    attention = ("bmm", "scaled_dot_product")
-    return sum(flops for name, flops in products.items() if any(kind in name for kind in attention)) // 2
+    return (attention_of(counter) if attention else counter.get_total_flops()) // 2
 
 
 def on_meta(make: Callable[[], nn.Module]) -> nn.Module:
@@ -89,9 +77,9 @@ def proxy_share(side: int) -> float:
             caption_channels=None,
         )
     )
-    proxies = of_products(lambda: model(torch.empty(1, 4, side, side), torch.zeros(1)))
+    proxies = counted(lambda: model(torch.empty(1, 4, side, side), torch.zeros(1)), attention=True)
     full = on_meta(lambda: Attention(WIDTH, HEADS))
-    return proxies / of_products(lambda: full(torch.empty(1, side * side, WIDTH)))
+    return proxies / counted(lambda: full(torch.empty(1, side * side, WIDTH)), attention=True)
 
 
 def claims(linear: dict[int, int], square: dict[int, int], shares: dict[int, float]) -> list[Claim]:
