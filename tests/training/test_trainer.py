@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ditkit import models
 from ditkit.training import trainer as training
 from ditkit.training.checkpoint import found, newest
 from ditkit.training.config import load
@@ -23,18 +24,15 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "tiny" / "export" / "diffusion_pytorch_model.safetensors")
+    return load_file(folder / "tiny" / "export" / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
 def test_runs_and_exports(training_file, tmp_path):
     export = train(training_file())
-    assert (export / "config.json").is_file()
+    assert (export / "model_index.json").is_file()
     assert json.loads((export / "process.json").read_text())["classes"] == ["flag", "keycap"]
     assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
-    from ditkit.models.dit import DiT
-
-    model = DiT.from_pretrained(export)
-    assert model.config["hidden_size"] == 32
+    assert models.load(export).config["hidden_size"] == 32
 
 
 def test_will_not_overwrite(training_file):

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ditkit.models.base import ClassConditionalModel, both_sides, chosen
 from ditkit.models.layers import CrossAttention, LabelDropout, TimestepEmbedder
 from ditkit.models.layouts import LAYOUTS, Layout, Settings, State, count, label_rows, shapes_of
+from ditkit.models.text import TEXT_SETTINGS
 from ditkit.registry import Paper, register
 
 TextForm = Literal["cross-attention", "depthwise"]
@@ -252,6 +253,10 @@ class DiCo(ClassConditionalModel):
         self.final_layer = _ConvHead(2 * width, self.out_channels)
         self.initialize_weights()
 
+    @property
+    def text_channels(self) -> int | None:
+        return self.config["text_width"]
+
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """The authors' start: Xavier, with every gate, every text scale and the head at zero."""
@@ -370,4 +375,5 @@ def _needs(settings: Settings) -> Iterable[tuple[str, str]]:
     yield "num_classes", "there is no y_embedder.embedding_table_0.weight"
 
 
+TEXT_SETTINGS["dico"] = lambda width: {"text_width": width, "num_classes": 0}
 LAYOUTS["dico"] = Layout(infer=_infer, needs=_needs, variants=VARIANTS)

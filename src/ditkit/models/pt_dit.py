@@ -43,6 +43,7 @@ from ditkit.models.layers import (
 )
 from ditkit.models.layouts import LAYOUTS, Layout, Settings, State, count, label_rows, shapes_of
 from ditkit.models.routing import ChannelRouting
+from ditkit.models.text import TEXT_SETTINGS
 from ditkit.models.windows import Grid, from_windows, shift_mask, to_windows
 from ditkit.registry import Paper, register
 
@@ -264,6 +265,10 @@ class PTDiT(ClassConditionalModel):
         self.scale_shift_table = nn.Parameter(torch.randn(2, hidden_size) / hidden_size**0.5)
         self.proj_out = nn.Linear(hidden_size, patch_size * patch_size * self.out_channels)
 
+    @property
+    def text_channels(self) -> int | None:
+        return self.config["caption_channels"]
+
     def positions(self, grid: Grid) -> Tensor:
         """Sines and cosines of a grid (f, h, w): D/4 channels of the frame, then 3 D/4 of column and row,
         (1, f, h, w, D). Large pictures spread the positions of smaller ones, as in the authors' code."""
@@ -462,4 +467,5 @@ def _rename(state: State) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if name != "pos_embed.pos_embed"}
 
 
+TEXT_SETTINGS["pt-dit"] = lambda width: {"caption_channels": width, "num_classes": None}
 LAYOUTS["pt-dit"] = Layout(infer=_infer, needs=_needs, variants=VARIANTS, rename=_rename, null_class=False)

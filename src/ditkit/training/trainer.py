@@ -302,6 +302,7 @@ class Trainer:
             zip(self.optimizers, saved.state["optimizers"], strict=True)
         ):
             optimizer.load_state_dict(ckpt.unpack_optimizer(saved.tensors[f"optimizer-{index}"], facts))
+            optimizers.lay_out_alike(optimizer)
         if self.ema:
             shadow = [saved.tensors["ema"][name].to(self.accelerator.device) for name in self.names]
             self.ema.load_state_dict({**saved.state["ema"], "shadow_params": shadow})
