@@ -78,7 +78,7 @@ def records(folder: Path) -> list[dict[str, float]]:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """What a run exported."""
-    return load_file(folder / "tiny" / "export" / "diffusion_pytorch_model.safetensors")
+    return load_file(folder / "tiny" / "export" / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
 class Killed(BaseException):

@@ -111,7 +111,8 @@ def everyone(pipe: Any, sampling: Sampling, cost: Any, options: argparse.Namespa
     if not peers.has_cache_dit():
         console.print("cache-dit can't be imported: it is missing in this comparison")
     for family, group in peers.sweep(pipe, sampling, options.texts[: options.prompts]).items():
-        found += [Entry(family, PEER, contestant) for contestant in group]
+        few = random.Random(0).sample(group, min(options.peers or len(group), len(group)))
+        found += [Entry(family, PEER, contestant) for contestant in few]
     return found
 
 
@@ -407,6 +408,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, help="a file with a prompt a line; None: the bench's own")
     parser.add_argument("--look", type=int, default=4, help="of them, for the first look")
     parser.add_argument("--grid", type=int, default=60, help="settings of each method of ours")
+    parser.add_argument("--peers", type=int, default=0, help="settings of each peer; 0: all there are")
     parser.add_argument("--tuned", type=int, default=60, help="trials of `tune` over all errors; 0: none")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--weights", nargs="*", default=[], metavar="NAME=FOLDER")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ditkit.analysis.bench import bench
+    from ditkit.analysis.compare import compare
     from ditkit.analysis.tune import tune
     from ditkit.hub import load
     from ditkit.methods.cg_taylor import CGTaylor
@@ -28,6 +29,7 @@ _HOMES = {
     "Run": "ditkit.seams.apply",
     "load": "ditkit.hub",
     "bench": "ditkit.analysis.bench",
+    "compare": "ditkit.analysis.compare",
     "tune": "ditkit.analysis.tune",
     "Recipe": "ditkit.recipes",
     "train": "ditkit.training.trainer",
@@ -49,6 +51,7 @@ __all__ = [
     "__version__",
     "apply",
     "bench",
+    "compare",
     "load",
     "train",
     "tune",

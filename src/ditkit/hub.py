@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib
 import inspect
 import json
+import pkgutil
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,8 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32, **kwargs: Any) ->
         near = difflib.get_close_matches(str(name), BUNDLED, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"bundled are {', '.join(BUNDLED)}"
         raise FileNotFoundError(f"no pipeline {str(name)!r}: no such folder, and {hint}")
+    if (own := _own_pipeline(path)) is not None:
+        return own.from_pretrained(str(path), dtype=dtype, use_safetensors=True, **kwargs)
     pipe = DiffusionPipeline.from_pretrained(str(name), dtype=dtype, use_safetensors=True, **kwargs)
     call = path / CALL_FILE
     if call.is_file():
@@ -51,6 +55,21 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32, **kwargs: Any) ->
     tokenizer = getattr(pipe, "tokenizer_2", None) or getattr(pipe, "tokenizer", None)
     small = getattr(tokenizer, "model_max_length", 512) < 77
     return _with_defaults_of_its_parts(pipe, tokenizer) if small else pipe
+
+
+def _own_pipeline(folder: Path) -> Any:
+    """The class of `ditkit.pipelines` that a folder is of; None for diffusers' own and for repositories."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return None
+    name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    from ditkit import pipelines
+
+    for found in pkgutil.iter_modules(pipelines.__path__):
+        cls = getattr(importlib.import_module(f"{pipelines.__name__}.{found.name}"), str(name), None)
+        if isinstance(cls, type) and cls.__module__.startswith(pipelines.__name__):
+            return cls
+    return None
 
 
 def _with_arguments(pipe: Any, arguments: dict[str, Any]) -> None:

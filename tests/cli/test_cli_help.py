@@ -23,7 +23,7 @@ def commands() -> list[str]:
 def test_the_commands_that_users_are_promised() -> None:
     promised = {
         "demo", "generate", "methods", "models", "bench", "train", "eval", "convert", "data emoji",
-        "fit", "tune",
+        "fit", "tune", "compare",
     }  # fmt: skip
     assert promised <= set(commands())
 

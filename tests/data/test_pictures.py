@@ -5,7 +5,7 @@ from PIL import Image
 
 from ditkit.data.config import DataConfig
 from ditkit.data.emoji import GROUPS, EmojiDataset, is_held_out, preview
-from ditkit.data.pictures import FolderDataset, class_labels, grid, open_pictures, periods
+from ditkit.data.pictures import class_labels, grid, open_pictures, periods
 
 
 def test_the_set_is_whole():
@@ -63,7 +63,7 @@ def test_folder(tmp_path):
     (tmp_path / "b.jpg").write_bytes(b"")
     Image.fromarray(wide).save(tmp_path / "b.jpg")
     (tmp_path / "b.txt").write_text("A caption\n")
-    dataset = FolderDataset(tmp_path, 16)
+    dataset = open_pictures(DataConfig(kind="folder", path=tmp_path, size=16, split="all"))
     assert sorted(dataset.captions) == ["A caption", "a white cat"]
     assert dataset.images().shape == (2, 3, 16, 16)
     assert dataset.images()[:, :, 8, 8].min() > 0.9  # the crop is the centre

@@ -78,6 +78,16 @@ class TestAutoencoder:
             draw[1, :, 0, 0], draw[1, :, 1, 1]
         )
 
+    def test_noise_may_be_given(self) -> None:
+        model, images = self.model(), torch.randn(3, 3, 8, 8)
+        encoded, noise = model.encode(images, GRAIN), torch.randn(3, 4, 4, 4)
+        spread = (encoded.sample(noise=noise) - encoded.mode()) / encoded.latent_dist.std
+        torch.testing.assert_close(spread, multi_grained_noise(noise, GRAIN), atol=1e-4, rtol=1e-4)
+        first, second = (model.losses(images, noise=n)["reconstruction"] for n in (noise, 0 * noise))
+        assert not torch.equal(first, second)
+        latent = encoded.mode()
+        assert torch.equal(model.decode(latent, return_dict=False)[0], model.decode(latent).sample)
+
     def test_grains_may_be_given(self) -> None:
         model, images = self.model(), torch.randn(3, 3, 8, 8)
         coarse, fine = model.encoder(images)
@@ -174,6 +184,20 @@ class TestGrainTransformer:
             optimizer.step()
         drawn = model.eval().sample(torch.tensor([0, 1] * 8), num_steps=4)
         assert (drawn == maps.repeat(8, 1, 1)).float().mean() > 0.9
+
+    def test_loss_is_of_hidden_regions_given_the_others(self) -> None:
+        torch.manual_seed(0)
+        model = GrainTransformer(2, hidden_size=16, depth=1, num_heads=2, num_classes=2).eval()
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        labels, hidden = torch.tensor([0, 1, 1]), torch.tensor([[[1, 0], [0, 0]]] * 3).bool()
+        shown = torch.where(hidden, 2, GRAIN.long())
+        chance = model(shown, labels).log_softmax(-1)[:, 0, 0]  # (B, 2), of the one hidden region
+        expected = -chance.gather(1, GRAIN[:, 0, :1].long())[:, 0]
+        torch.testing.assert_close(model.loss(GRAIN, labels, hidden=hidden), expected)
+        dropped = model.loss(GRAIN, labels, torch.ones(3), hidden)
+        torch.testing.assert_close(dropped, model.loss(GRAIN, hidden=hidden))
+        assert not torch.allclose(dropped, expected)
 
     def test_draws(self, tmp_path: Path) -> None:
         model = models.create("d2it-grain", grid=(2, 4), hidden_size=16, depth=1, num_heads=2).eval()

@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ditkit.models.selective_scan import _Recurrence, recurrence, scan_multiply_adds, selective_scan
+from ditkit.models.selective_scan import (
+    ScanInStretches,
+    _Recurrence,
+    recurrence,
+    scan_in_chunks,
+    scan_multiply_adds,
+    selective_scan,
+)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 16, 17, 100, 257])
@@ -27,6 +34,33 @@ def test_gradient(length: int) -> None:
     decay = torch.rand(length, 2, dtype=torch.float64, requires_grad=True)
     inputs = torch.randn(length, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(_Recurrence.apply, (decay, inputs))
+
+
+def rows(length: int, count: int, state: int, width: int) -> list[torch.Tensor]:
+    """Arguments of a scan of `count` rows, float64, to be differentiated."""
+    shapes = [(length, count, width)] * 2 + [(count, width), (count, state, width)]
+    shapes += [(length, count, state)] * 2 + [(count, width)]
+    values = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    values[3] = -values[3].abs()
+    return [value.requires_grad_() for value in values]
+
+
+@pytest.mark.parametrize(("length", "state"), [(1, 2), (5, 1), (6, 3)])
+def test_gradient_of_the_scan_in_stretches(length: int, state: int) -> None:
+    assert torch.autograd.gradcheck(ScanInStretches.apply, rows(length, 2, state, 3))
+
+
+@pytest.mark.parametrize("state", [1, 16])
+def test_stretches_and_chunks_agree(state: int) -> None:
+    arguments = rows(150, 2, state, 40)  # more positions than the longest stretch has
+    found = []
+    for scan in (ScanInStretches.apply, scan_in_chunks):
+        outputs, last = scan(*arguments)
+        weights = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(0))
+        gradients = torch.autograd.grad((outputs * weights).sum() + last.square().sum(), arguments)
+        found.append((outputs, last, *gradients))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize(("groups", "state"), [(1, 1), (2, 3), (4, 16)])

@@ -176,6 +176,21 @@ class TestLosses:
         assert gradient[:, :2].abs().max() == 0
         assert (gradient[:, 2:].abs().amax((1, 2, 3)) > 0).all()
 
+    @pytest.mark.parametrize("loss", ["mse", "kl"])
+    def test_weighted_elements_count_as_often_as_they_say(self, loss: Any) -> None:
+        """Columns of weight 1 and 3 are a picture in which the second column is there three times."""
+        process = GaussianDiffusion.create(1000, "20", loss=loss)
+        x0, noise, output = draw(4, 2, 3, 2), draw(4, 2, 3, 2, seed=1), draw(4, 4, 3, 2, seed=2)
+        t = torch.tensor([0, 3, 10, 19])
+        weighted = process.training_losses(lambda x, t: output, x0, t, noise, torch.tensor([1.0, 3.0]))
+        often = torch.tensor([0, 1, 1, 1])
+        repeated = process.training_losses(
+            lambda x, t: output[..., often], x0[..., often], t, noise[..., often]
+        )
+        assert set(weighted) == set(repeated)
+        for name, value in weighted.items():
+            torch.testing.assert_close(value, repeated[name])
+
     def test_predicting_the_sample(self) -> None:
         process = GaussianDiffusion.create(1000, prediction="sample", variance="fixed_small")
         x0 = draw(4, 2, 4, 4)

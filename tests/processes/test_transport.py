@@ -136,6 +136,15 @@ class TestLosses:
         plain = Transport(plan.name).training_losses(lambda x, t: as_velocity, x1, x0, t)["loss"]
         torch.testing.assert_close(weighted, plain, rtol=1e-3, atol=1e-5)
 
+    @pytest.mark.parametrize("prediction", ["velocity", "noise"])
+    def test_weighted_elements_count_as_often_as_they_say(self, prediction: Any) -> None:
+        transport, often = Transport("linear", prediction), torch.tensor([0, 1, 1, 1])
+        x0, x1, t = draw(3, 2, 4, 2), draw(3, 2, 4, 2, seed=1), torch.rand(3)
+        weight = torch.tensor([1.0, 3.0])
+        weighted = transport.training_losses(lambda x, t: 0.5 * x, x1, x0, t, weight)["loss"]
+        repeated = transport.training_losses(lambda x, t: 0.5 * x, x1[..., often], x0[..., often], t)["loss"]
+        torch.testing.assert_close(weighted, repeated)
+
     def test_draws_what_it_is_not_given(self) -> None:
         seen = []
         transport = Transport("linear", "noise", train_eps=0.2)

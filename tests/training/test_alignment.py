@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from ditkit.processes.transport import Transport
 from ditkit.seams.taps import hidden_after
 from ditkit.training.config import ConfigError, load
+from ditkit.training.objectives import Setting, create
 from ditkit.training.order import BatchNoise
 from ditkit.training.tasks import find
 from ditkit.training.teachers import Teacher
@@ -180,6 +182,12 @@ def test_sra_needs_the_average(training_file, tmp_path):
     stage = load(training_file(**run)).stages[0]
     with pytest.raises(ConfigError, match=r"sra: .*set ema"):
         find(stage.task)(stage, tmp_path, {})
+
+
+def test_a_teacher_needs_the_pictures(vision):
+    setting = Setting(None, Transport(), 8, pictures=False)
+    with pytest.raises(ValueError, match="repa: its teacher looks at the pictures"):
+        create({"repa": {"teacher": vision}}, setting)
 
 
 def test_repa_and_haste_exclude_each_other(training_file, tmp_path, vision):

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 import ditkit.models as models
+from ditkit.hub import load as open_pipeline
 from ditkit.models import lit
 from ditkit.models.building import DataShape, build
 from ditkit.pipelines.class_conditional import ClassConditionalPipeline
@@ -32,16 +32,10 @@ def test_trains_resumes_bit_exact_and_draws(training_file, tmp_path, monkeypatch
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "broken")
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert json.loads((export / "process.json").read_text())["process"] == process
-    model = models.load(export)
-    variance = model.predicted_channels > model.in_channels
-    scheduler = (
-        FlowMatchEulerDiscreteScheduler()
-        if process == "flow"
-        else DDPMScheduler(variance_type="learned_range" if variance else "fixed_small", clip_sample=False)
-    )
-    pipe = ClassConditionalPipeline(model, scheduler)
+    pipe = open_pipeline(export)
+    assert isinstance(pipe, ClassConditionalPipeline)
     pipe.set_progress_bar_config(disable=True)
-    drawn = pipe([0, 1], guidance_scale=2.0, num_inference_steps=2, output_type="latent").images
+    drawn = pipe(["flag", "keycap"], guidance_scale=2.0, num_inference_steps=2, output_type="latent").images
     assert drawn.shape == (2, 3, 8, 8) and torch.isfinite(torch.as_tensor(drawn)).all()
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
+from ditkit.training.config import ConfigError
 from ditkit.training.tasks.teacher import moved, words_of
 from ditkit.training.teachers import load_teacher
 from ditkit.training.trainer import train
@@ -65,9 +67,14 @@ def test_it_learns(training_file, tmp_path) -> None:
 def test_labels_are_the_class_and_the_words(training_file) -> None:
     task, _, _ = open_task(training_file(**TINY))
     row = task.labels[0]
-    names = [*task.classes, *task.words]
-    there = {name for name, value in zip(names, row.tolist(), strict=True) if value}
-    assert there == {task.pictures.rows[0].group} | (words_of(task.pictures.captions[0]) & set(task.words))
+    there = {name for name, value in zip(task.names, row.tolist(), strict=True) if value}
+    words = words_of(task.pictures.captions[0])
+    assert there == {f"class {task.pictures.rows[0].group}"} | (words & set(task.names))
+
+
+def test_without_labels_there_is_nothing_to_learn(training_file) -> None:
+    with pytest.raises(ConfigError, match="least"):
+        open_task(training_file(**{**TINY, "task_options": {**TINY["task_options"], "least": 10_000}}))
 
 
 def test_one_file_trains_teacher_and_student(training_file, tmp_path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ditkit import models
 from ditkit.training import trainer as training
 from ditkit.training.checkpoint import found, newest
 from ditkit.training.config import load
@@ -23,18 +24,15 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "tiny" / "export" / "diffusion_pytorch_model.safetensors")
+    return load_file(folder / "tiny" / "export" / "transformer" / "diffusion_pytorch_model.safetensors")
 
 
 def test_runs_and_exports(training_file, tmp_path):
     export = train(training_file())
-    assert (export / "config.json").is_file()
+    assert (export / "model_index.json").is_file()
     assert json.loads((export / "process.json").read_text())["classes"] == ["flag", "keycap"]
     assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
-    from ditkit.models.dit import DiT
-
-    model = DiT.from_pretrained(export)
-    assert model.config["hidden_size"] == 32
+    assert models.load(export).config["hidden_size"] == 32
 
 
 def test_will_not_overwrite(training_file):
@@ -204,3 +202,36 @@ def test_kill_nine_loses_only_the_steps_since_the_checkpoint(training_file, tmp_
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_stopped_before_the_first_checkpoint_logs_every_step_once(training_file, tmp_path, monkeypatch):
+    take_step = training.Trainer._train_step
+
+    def dies(self):
+        if self.step == 2:
+            raise KeyboardInterrupt
+        return take_step(self)
+
+    monkeypatch.setattr(training.Trainer, "_train_step", dies)
+    path = training_file(checkpoint_every=6)
+    with pytest.raises(KeyboardInterrupt):
+        train(path)
+    monkeypatch.setattr(training.Trainer, "_train_step", take_step)
+    train(path, resume=True)
+    assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_measures_stand_beside_the_heldout_loss(training_file, tmp_path):
+    """With the averaged weights, wherever the held-out loss is taken."""
+    run = load(training_file(heldout_every=4)).stages[0]
+    seen = []
+
+    def measure(task, step):
+        seen.append(step)
+        return {"compared": float(step), "training": float(task.training)}
+
+    training.run_stage(run, tmp_path / "stage", {}, measure)
+    lines = (tmp_path / "stage" / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "heldout_loss" in row]
+    assert seen == [4, 6]
+    assert [(row["step"], row["compared"], row["training"]) for row in rows] == [(4, 4.0, 0.0), (6, 6.0, 0.0)]

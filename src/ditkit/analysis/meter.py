@@ -16,17 +16,25 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 
 def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> int:
     return sdpa_flop_count(tuple(query.shape), tuple(key.shape), tuple(value.shape))
 
 
+def _attention_backward(
+    gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> int:
+    shapes = (tuple(x.shape) for x in (gradient, query, key, value))
+    return sdpa_backward_flop_count(*shapes)
+
+
 _FORMULAS: dict[Any, Any] = {
     **flop_registry,
     # PyTorch's table has the CUDA kernels of attention but not the CPU's.
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
 
 
@@ -47,6 +55,11 @@ class Count:
     @property
     def flops(self) -> int:
         return sum(self.flops_by_forward)
+
+    @property
+    def flops_everywhere(self) -> int:
+        """Of all that ran since the count began, in the model's calls or not: losses, backward passes."""
+        return self._meter.flops if self._meter is not None else 0
 
     @property
     def bytes_live(self) -> int:

@@ -73,14 +73,14 @@ def sample(
     """Draw one picture or clip per prompt.
 
     Args:
-        pipe: a diffusers text-to-image or text-to-video pipeline.
-        prompts: B texts.
+        pipe: a diffusers text-to-image or text-to-video pipeline, or one of ours that draws classes.
+        prompts: B texts; names or numbers of classes for the latter.
         on_step: called after each denoising step of each pipeline call with its index.
         batch: at most so many pictures in one pipeline call.
 
     Raises:
-        TypeError: the pipeline takes no text prompt.
-        ValueError: no prompt, or a batch below 1.
+        TypeError: the pipeline takes neither a text prompt nor names of classes.
+        ValueError: no prompt, a batch below 1, or no such class.
     """
     if not prompts:
         raise ValueError("no prompt was given")
@@ -118,18 +118,25 @@ def _one_call(
             on_step(index)
         return {}
 
-    if "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
-        arguments |= {"callback_on_step_end": after_step, "callback_on_step_end_tensor_inputs": ["latents"]}
+    known = inspect.signature(pipe.__call__).parameters
+    if "callback_on_step_end" in known:
+        arguments["callback_on_step_end"] = after_step
+    if "callback_on_step_end_tensor_inputs" in known:
+        arguments["callback_on_step_end_tensor_inputs"] = ["latents"]
+    arguments["class_labels" if draws_classes(pipe) else "prompt"] = list(prompts)
     _synchronize(pipe)
     started = time.perf_counter()
-    output = pipe(prompt=list(prompts), generator=generators, output_type="np", **arguments)
+    output = pipe(generator=generators, output_type="np", **arguments)
     _synchronize(pipe)
     seconds = time.perf_counter() - started
     latents = last["latents"].detach().float().cpu() if last else None
     if "frames" in output:
         clips = np.asarray(output.frames, dtype=np.float32)
         return Sample(latents, strip(clips), seconds, clips)
-    return Sample(latents, np.asarray(output.images, dtype=np.float32), seconds)
+    pictures = np.asarray(output.images, dtype=np.float32)
+    if pictures.shape[-1] == 1:  # grey
+        pictures = pictures.repeat(3, axis=-1)
+    return Sample(latents, pictures, seconds)
 
 
 def strip(clips: np.ndarray, count: int = STRIP) -> np.ndarray:
@@ -143,6 +150,11 @@ def draws_clips(pipe: Any) -> bool:
     return "num_frames" in inspect.signature(pipe.__call__).parameters
 
 
+def draws_classes(pipe: Any) -> bool:
+    """Whether a pipeline is one of ours that draws classes, which `pipe.find` knows by name."""
+    return hasattr(pipe, "find") and "class_labels" in inspect.signature(pipe.__call__).parameters
+
+
 def call_arguments(pipe: Any, sampling: Sampling, count: int) -> dict[str, Any]:
     """The keyword arguments of `pipe(...)` for these settings and `count` prompts.
 
@@ -150,7 +162,7 @@ def call_arguments(pipe: Any, sampling: Sampling, count: int) -> dict[str, Any]:
     undistilled FLUX-type model needs `true_cfg_scale` and an empty negative prompt for the second pass.
     """
     known = inspect.signature(pipe.__call__).parameters
-    if "prompt" not in known:
+    if "prompt" not in known and not draws_classes(pipe):
         raise TypeError(f"{type(pipe).__name__} takes no text prompt; a text-to-image pipeline is needed")
     arguments: dict[str, Any] = {"num_inference_steps": sampling.steps}
     if sampling.guidance is not None:

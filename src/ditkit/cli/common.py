@@ -78,6 +78,7 @@ def _is_wrong_use(error: Exception) -> bool:
             "ConflictError",
             "ConfigError",
             "ConversionError",
+            "LatentCacheError",
             "RecipeError",
             "TuneError",
         }

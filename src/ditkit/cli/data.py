@@ -1,19 +1,25 @@
-"""`ditkit data`: the data sets that ship with the package."""
+"""`ditkit data`: the data sets that ship with the package, and latents made of any."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ditkit.cli.common import console, guarded, listed, writable_file
+from ditkit.cli.common import UsageError, console, guarded, listed, writable_file, writable_folder
 
 
 def add_to(app: typer.Typer) -> None:
-    data = typer.Typer(help="Look at the data sets that ship with ditkit.", no_args_is_help=True)
+    data = typer.Typer(
+        help="Look at the data sets that ship with ditkit; encode pictures once.", no_args_is_help=True
+    )
     data.command(epilog="Example: ditkit data emoji --preview sheet.png")(guarded(emoji))
     data.command(epilog="Example: ditkit data motion --preview clips.gif")(guarded(motion))
+    data.command(
+        epilog="Example: ditkit data cache-latents --autoencoder vae --data kind=folder --data path=photos "
+        "--data size=256 --out latents"
+    )(guarded(cache_latents))
 
     @data.callback(epilog="Example: ditkit data emoji")
     def _group() -> None:
@@ -73,3 +79,60 @@ def motion(
     if preview is not None:
         frames = videos([source.clip(index) for index in range(count)]).permute(0, 2, 3, 4, 1).numpy()
         listed([save_clip(wall(frames / 2 + 0.5, columns=6), preview)])
+
+
+def cache_latents(
+    autoencoder: Annotated[Path, typer.Option("--autoencoder", help="Folder of an AutoencoderKL.")],
+    data: Annotated[
+        list[str],
+        typer.Option("--data", help="key=value of a training file's data section: kind, path, size, ..."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the latents.")],
+    shard_size: Annotated[int, typer.Option("--shard-size", min=1, help="Pictures of a shard.")] = 1024,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures encoded at a time.")] = 16,
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")] = "float32",
+) -> None:
+    """Encode pictures once; train on them with data: {kind: latents, path: FOLDER}. Stopped work goes on."""
+    writable_folder(out)
+    if not (autoencoder / "config.json").is_file():
+        raise UsageError(f"--autoencoder {autoencoder}: no folder of an autoencoder, it has no config.json")
+    section = _data_section(data)
+    from ditkit.data.latent_cache import CacheOptions, cache_latents
+    from ditkit.data.latents import read_manifest
+
+    try:
+        options = CacheOptions(shard_size, batch, dtype)
+    except ValueError as error:
+        raise UsageError(f"--{error}") from None
+    folder = cache_latents(section, autoencoder, out, options)
+    facts = read_manifest(folder)
+    console.print(f"{facts['count']} latents in {len(facts['shards'])} shards", highlight=False)
+    listed([folder])
+
+
+def _data_section(items: list[str]) -> Any:
+    """The data section that `key=value` texts describe.
+
+    Raises:
+        UsageError: not of that form, or a key or value that the section does not take.
+    """
+    import yaml
+    from pydantic import ValidationError
+
+    from ditkit.data.config import DataConfig
+
+    values: dict[str, Any] = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(f"--data {item!r} is not of the form key=value, such as kind=folder")
+        try:
+            values[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            values[key.strip()] = value
+    try:
+        return DataConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UsageError(f"--data {where}: {first['msg']}") from None

@@ -1,4 +1,4 @@
-"""`ditkit generate`: pictures and clips from text."""
+"""`ditkit generate`: pictures and clips from text, pictures of classes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ CLIPS = (".mp4", ".gif")
 Model = Annotated[
     str,
     typer.Option(
-        "--model", "-m", help="micro-flux, micro-wan, a folder of a diffusers pipeline, or a hub id."
+        "--model",
+        "-m",
+        help="micro-flux, micro-wan, a folder of a pipeline, such as training exports, or a hub id.",
     ),
 ]
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Denoising steps.")]
@@ -46,7 +48,13 @@ def add_to(app: typer.Typer) -> None:
 
 
 def generate(
-    prompt: Annotated[list[str], typer.Argument(help="What to draw; several prompts give several pictures.")],
+    prompt: Annotated[
+        list[str],
+        typer.Argument(
+            help="What to draw, a class's name or number for a class-conditional model; several prompts "
+            "give several pictures."
+        ),
+    ],
     model: Model = "micro-flux",
     with_: Annotated[
         list[str] | None,
@@ -86,7 +94,7 @@ def generate(
     pixels = parse_size(size)
     from ditkit.analysis import pictures
     from ditkit.analysis.contestants import parse
-    from ditkit.analysis.sampling import Sampling, draws_clips, sample
+    from ditkit.analysis.sampling import Sampling, draws_classes, draws_clips, sample
     from ditkit.analysis.videos import save_clip
     from ditkit.recipes import Recipe
 
@@ -104,6 +112,8 @@ def generate(
         )
     if frames is not None and not draws_clips(pipe):
         raise UsageError(f"--frames {frames}: {model} draws pictures, not clips")
+    if draws_classes(pipe):
+        _check_classes(pipe, prompt)
     if opened is not None:
         opened.check(pipe)
     sampling = Sampling(steps or STEPS, guidance, pixels, seed, frames)
@@ -125,6 +135,19 @@ def generate(
     notices.print(f"{len(prompt)} {what} in {drawn.seconds:.2f} s", highlight=False)
     if report is not None:
         notices.print(report)
+
+
+def _check_classes(pipe: Any, prompts: list[str]) -> None:
+    """Refuse classes that the model does not have.
+
+    Raises:
+        UsageError: with the nearest names.
+    """
+    for text in prompts:
+        try:
+            pipe.find(text)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
 
 
 def load(model: str) -> Any:

@@ -60,18 +60,34 @@ class DataConfig(Section):
     """Which pictures. `every: {tone: 4}` shows a quarter of that group in each epoch, in turn.
 
     `kind: emoji-motion` are clips, of what `motion` says; the other keys but `size` do not concern them.
+
+    Args:
+        path: of `folder`, the folder; of `webdataset`, a shard, a folder of shards or a pattern such as
+            `shard-{000..004}.tar`; of `huggingface`, a saved data set or `owner/name`; of `latents`, what
+            `ditkit data cache-latents` wrote.
+        size: pictures fill a square of so many pixels, cropped at the centre; of `latents`, what was cached.
+        split: a fixed twentieth of the pictures is held out of `train`.
+        subset: which of a Hugging Face data set's own splits.
+        image_column, text_column, label_column: of a Hugging Face data set; the last two also of a folder's
+            metadata file and of a shard's `key.json`. None: the usual names.
+        on_error: whether pictures that can't be read are left out, by name, or stop the run.
     """
 
-    kind: Literal["emoji", "folder", "emoji-motion"] = "emoji"
+    kind: Literal["emoji", "folder", "webdataset", "huggingface", "latents", "emoji-motion"] = "emoji"
     motion: MotionConfig = MotionConfig()
     path: Path | None = None
     size: int = Field(default=64, ge=8)
     split: Literal["all", "train", "heldout"] = "train"
+    subset: str = "train"
+    image_column: str = "image"
+    text_column: str | None = None
+    label_column: str | None = None
+    on_error: Literal["skip", "raise"] = "skip"
     groups: list[str] | None = None
     every: dict[str, int] = {}
 
     @model_validator(mode="after")
-    def _folder_has_path(self) -> DataConfig:
-        if self.kind == "folder" and self.path is None:
-            raise ValueError("kind: folder needs path")
+    def _elsewhere_has_path(self) -> DataConfig:
+        if self.kind not in ("emoji", "emoji-motion") and self.path is None:
+            raise ValueError(f"kind: {self.kind} needs path")
         return self

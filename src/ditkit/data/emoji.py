@@ -80,6 +80,7 @@ class EmojiDataset(Dataset[dict[str, Any]]):
         ]
         self.rows = [rows[i] for i in keep]
         self.captions = [row.caption for row in self.rows]
+        self.classes = [row.group for row in self.rows]
         self.pictures = pictures[keep]  # (N, 64, 64, 3) uint8
 
     def __len__(self) -> int:

@@ -1,82 +1,90 @@
-"""Captioned pictures in memory, from the bundled emoji or a folder of image files."""
+"""Captioned pictures in memory, from whatever a training file names."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
 from ditkit.data.config import DataConfig
-from ditkit.data.emoji import EmojiDataset, Split, is_held_out
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+from ditkit.data.emoji import EmojiDataset, Split
+from ditkit.data.records import PictureSet, Record, Records
 
 
 class Pictures(Protocol):
-    """`captions` and `labels` of N pictures and `images(indices) -> (B, 3, H, W)` in [-1, 1]."""
+    """`captions` and `classes` of N pictures and `images(indices) -> (B, 3, H, W)` in [-1, 1].
+
+    `classes` are names, None where the data has none.
+    """
 
     captions: list[str]
 
+    @property
+    def classes(self) -> Sequence[str | None]: ...
     def __len__(self) -> int: ...
     def images(self, indices: Any = ...) -> torch.Tensor: ...
-
-
-class FolderDataset:
-    """All pictures under a folder, scaled to fill a square and cropped at the centre.
-
-    The caption of a picture is the text of the `.txt` file beside it, else its file name with `_` and `-` as
-    spaces. The held-out twentieth is chosen by the CRC-32 of the path below the folder.
-
-    Raises:
-        FileNotFoundError: no such folder, or no picture in it.
-    """
-
-    def __init__(self, folder: Path, size: int, split: Split = "all") -> None:
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no folder of pictures at {folder}")
-        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-        files = [
-            f
-            for f in files
-            if split == "all" or is_held_out(str(f.relative_to(folder))) == (split == "heldout")
-        ]
-        if not files:
-            raise FileNotFoundError(
-                f"no pictures ({', '.join(SUFFIXES)}) of the {split} split under {folder}"
-            )
-        self.captions = [_caption(file) for file in files]
-        self.classes = [file.parent.name for file in files]
-        bar = tqdm(files, desc="reading pictures", delay=2)
-        self.pictures = np.stack([_read(file, size) for file in bar])  # (N, H, W, 3) uint8
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def images(self, indices: Any = slice(None)) -> torch.Tensor:
-        """Pictures `(B, 3, size, size)`, float32 in [-1, 1]."""
-        return torch.from_numpy(self.pictures[indices]).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def open_pictures(data: DataConfig, split: Split | None = None) -> Pictures:
     """The data set that a training file names; `split` overrides the file's.
 
     Raises:
-        ValueError: the file names clips, or a size that the emoji do not have.
+        ValueError: the file names no pictures, a size that the emoji do not have, or a source that can't be
+            read.
+        FileNotFoundError: nothing is there, or nothing of that split.
     """
-    if data.kind == "emoji-motion":
-        raise ValueError("data.kind: this task needs pictures, emoji or folder (got 'emoji-motion')")
+    split = split or data.split
+    if data.kind == "emoji":
+        if data.size != 64:
+            raise ValueError(f"data.size: the emoji pictures are 64 pixels wide (got {data.size})")
+        return EmojiDataset(split, **({} if data.groups is None else {"groups": data.groups}))
+    records = open_records(data)
+    chosen = records.of(split)
+    if not len(chosen):
+        raise FileNotFoundError(f"no pictures of the {split} split in {data.path}: {len(records)} in all")
+    return PictureSet(chosen, data.size, data.on_error)
+
+
+def open_records(data: DataConfig) -> Records:
+    """All pictures that a training file names, in no split and none of them read.
+
+    Raises:
+        ValueError: the file names no pictures, or a source that can't be read.
+        FileNotFoundError: nothing is there.
+    """
+    if data.kind == "emoji":
+        return _emoji_records(data.groups)
+    if data.path is None or data.kind in ("emoji-motion", "latents"):
+        raise ValueError(
+            "data.kind: this task needs pictures, emoji, folder, webdataset or huggingface "
+            f"(got {data.kind!r})"
+        )
+    columns = {"text_column": data.text_column, "label_column": data.label_column}
     if data.kind == "folder":
-        if data.path is None:
-            raise ValueError("data.path: needed for kind: folder")
-        return FolderDataset(data.path, data.size, split or data.split)
-    if data.size != 64:
-        raise ValueError(f"data.size: the emoji pictures are 64 pixels wide (got {data.size})")
-    kwargs = {} if data.groups is None else {"groups": data.groups}
-    return EmojiDataset(split or data.split, **kwargs)
+        from ditkit.data.folder import folder_records
+
+        return folder_records(data.path, **columns)
+    if data.kind == "webdataset":
+        from ditkit.data.webdataset import webdataset_records
+
+        return webdataset_records(data.path, **columns)
+    from ditkit.data.huggingface import huggingface_records
+
+    return huggingface_records(data.path, data.subset, data.image_column, **columns)
+
+
+def _emoji_records(groups: list[str] | None) -> Records:
+    emoji = EmojiDataset("all", **({} if groups is None else {"groups": groups}))
+    return Records(
+        [
+            Record(row.caption, row.caption, row.group, partial(emoji.pictures.__getitem__, index))
+            for index, row in enumerate(emoji.rows)
+        ]
+    )
 
 
 def periods(data: DataConfig, pictures: Pictures) -> list[int] | None:
@@ -92,13 +100,45 @@ def periods(data: DataConfig, pictures: Pictures) -> list[int] | None:
 
 
 def class_labels(pictures: Any, classes: list[str] | None = None) -> tuple[torch.Tensor, list[str]]:
-    """Labels (N,) and the names they index: emoji groups, or the folders that picture files lie in."""
-    if isinstance(pictures, EmojiDataset):
-        names = [row.group for row in pictures.rows]
-    else:
-        names = list(pictures.classes)
-    classes = classes or sorted(set(names))
-    return torch.tensor([classes.index(name) for name in names]), classes
+    """Labels (N,) and the names they index: those the data counts by, else sorted (numbers as numbers).
+
+    Args:
+        pictures: with `classes`.
+        classes: the names to count by, of other pictures of the same data.
+
+    Raises:
+        ValueError: pictures without a class, or of one that is not among `classes`.
+    """
+    names = list(pictures.classes)
+    if None in names:
+        raise ValueError(
+            f"{names.count(None)} of {len(names)} pictures have no class: name the column with "
+            "data.label_column, or put a .cls file beside each picture of a shard"
+        )
+    known: list[str] = classes or getattr(pictures, "class_names", None) or classes_of(names)
+    if unknown := sorted(set(names) - set(known)):
+        raise ValueError(f"classes {unknown[:5]} are not among those of training, {known[:5]} ...")
+    places = {name: place for place, name in enumerate(known)}
+    return torch.tensor([places[name] for name in names]), known
+
+
+def classes_of(names: Iterable[str]) -> list[str]:
+    """The different names in order, numbers as numbers."""
+    return sorted(set(names), key=lambda name: (0, int(name), "") if name.isdecimal() else (1, 0, name))
+
+
+def need_captions(pictures: Any) -> list[str]:
+    """The captions, for what is trained on texts.
+
+    Raises:
+        ValueError: all are empty.
+    """
+    if not any(pictures.captions):
+        raise ValueError(
+            "the pictures have no captions: name the column with data.text_column, or put a .txt file beside "
+            "each picture"
+        )
+    return pictures.captions
 
 
 def grid(images: torch.Tensor, columns: int) -> Image.Image:
@@ -111,22 +151,3 @@ def grid(images: torch.Tensor, columns: int) -> Image.Image:
         y, x = divmod(place, columns)
         sheet[y * height : (y + 1) * height, x * width : (x + 1) * width] = picture
     return Image.fromarray(sheet)
-
-
-def _caption(file: Path) -> str:
-    beside = file.with_suffix(".txt")
-    if beside.is_file():
-        return beside.read_text(encoding="utf-8").strip()
-    return file.stem.replace("_", " ").replace("-", " ").strip().lower()
-
-
-def _read(file: Path, size: int) -> np.ndarray:
-    with Image.open(file) as image:
-        picture = image.convert("RGB")
-    scale = size / min(picture.size)
-    picture = picture.resize(
-        (max(size, round(picture.width * scale)), max(size, round(picture.height * scale))),
-        Image.Resampling.LANCZOS,
-    )
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    return np.asarray(picture.crop((left, top, left + size, top + size)))

@@ -53,7 +53,7 @@ _RESETS_OF_30 = (12, 22)
     seam=("tokens", "attention"),
     # Re-ttention keeps ratios and residuals for a batch as a whole, whose samples run on tokens of their own
     # here; a forecast of the output would continue tokens that did not run.
-    conflicts=("re-ttention", "predict-correct"),
+    conflicts=("re-ttention",),
     neutral={"sample_ratio": 1.0},
 )
 @dataclass(frozen=True)

@@ -37,18 +37,25 @@ def split(name: str) -> tuple[str, str | None]:
     return architecture, wanted[len(architecture) + 1 :] or None
 
 
+def model_folder(folder: str | Path) -> Path:
+    """Where a model's config.json is: in the folder, or in `transformer/` of a pipeline's folder."""
+    inside = Path(folder) / "transformer"
+    return inside if (inside / "config.json").is_file() else Path(folder)
+
+
 def load(folder: str | Path, **options: Any) -> Any:
     """The model of ours in a folder that `save_pretrained` wrote, whatever its class.
 
     Args:
-        folder: with config.json.
+        folder: of the model, or of a pipeline with it.
         **options: of `from_pretrained`.
 
     Raises:
         FileNotFoundError: there is no config.json.
         ValueError: it names no class of ours.
     """
-    config = Path(folder) / "config.json"
+    folder = model_folder(folder)
+    config = folder / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"no model folder at {folder}: it has no config.json")
     name = json.loads(config.read_text()).get("_class_name")

@@ -48,6 +48,11 @@ class ClassConditionalModel(ModelMixin, ConfigMixin, CacheMixin):
         return block(*arguments)
 
     @property
+    def text_channels(self) -> int | None:
+        """Width of the text states it reads; None: it reads no text."""
+        return None
+
+    @property
     def predicted_channels(self) -> int:
         """Channels of what `forward` returns."""
         return self.out_channels

@@ -40,6 +40,7 @@ from ditkit.models.layers import (
     sincos_table,
     unpatchify,
 )
+from ditkit.processes.gaussian import mean_flat
 from ditkit.registry import register
 
 
@@ -219,9 +220,7 @@ def dynamic_grain_loss(prediction: Tensor, noise: Tensor, grain: Tensor) -> Tens
         noise: multi-grained, of that shape.
         grain: True where a region is fine, (B, h, w).
     """
-    weights = distinct_weights(grain).to(prediction.dtype)  # (B, 1, 2h, 2w)
-    error = (prediction - noise).square().mean(1, keepdim=True) * weights
-    return error.flatten(1).sum(1) / weights.flatten(1).sum(1)
+    return mean_flat((prediction - noise).square(), distinct_weights(grain))
 
 
 # --- the map of grains --------------------------------------------------------------------------------
@@ -264,11 +263,16 @@ class GrainTransformer(ModelMixin, ConfigMixin):
                 if "adaLN_modulation" in name:
                     parameter.zero_()
 
-    def forward(self, grain: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Logits (B, h, w, 2) of maps (B, h, w) of coarse (0), fine (1) and hidden (2) regions."""
+    def forward(
+        self, grain: Tensor, class_labels: Tensor | None = None, force_drop_ids: Tensor | None = None
+    ) -> Tensor:
+        """Logits (B, h, w, 2) of maps (B, h, w) of coarse (0), fine (1) and hidden (2) regions.
+
+        Labels (B,) are dropped where `force_drop_ids` is 1, by default at random in training.
+        """
         if class_labels is None:
             class_labels = torch.full((len(grain),), self.y_embedder.null_label, device=grain.device)
-        condition = self.y_embedder(class_labels).unsqueeze(1)  # (B, 1, D)
+        condition = self.y_embedder(class_labels, force_drop_ids).unsqueeze(1)  # (B, 1, D)
         grid = (grain.shape[1], grain.shape[2])
         tokens = self.grain_embedder(grain.long()).flatten(1, 2) + _positions(self.pos_embed, grid)
         for block in self.blocks:
@@ -276,12 +280,24 @@ class GrainTransformer(ModelMixin, ConfigMixin):
         return self.final_layer(tokens, condition).unflatten(1, grid)
 
     def loss(
-        self, grain: Tensor, class_labels: Tensor | None = None, generator: torch.Generator | None = None
+        self,
+        grain: Tensor,
+        class_labels: Tensor | None = None,
+        force_drop_ids: Tensor | None = None,
+        hidden: Tensor | None = None,
     ) -> Tensor:
-        """Cross-entropy of hidden regions, a random share of each map, (B,)."""
-        share = torch.rand(len(grain), 1, 1, generator=generator, device=grain.device)
-        hidden = torch.rand(grain.shape, generator=generator, device=grain.device) < share
-        logits = self(torch.where(hidden, _HIDDEN, grain.long()), class_labels)
+        """Cross-entropy in nats of the hidden regions of maps (B, h, w), (B,).
+
+        Args:
+            grain: True where a region is fine.
+            class_labels: (B,); None: no class.
+            force_drop_ids: 1 where the label is dropped, (B,); None: at random in training.
+            hidden: True where the map is to be guessed, (B, h, w); None: a random share of each.
+        """
+        if hidden is None:
+            share = torch.rand(len(grain), 1, 1, device=grain.device)
+            hidden = torch.rand(grain.shape, device=grain.device) < share
+        logits = self(torch.where(hidden, _HIDDEN, grain.long()), class_labels, force_drop_ids)
         each = F.cross_entropy(logits.movedim(-1, 1), grain.long(), reduction="none") * hidden
         return each.flatten(1).sum(1) / hidden.flatten(1).sum(1).clamp(min=1)
 
@@ -312,14 +328,16 @@ class GrainTransformer(ModelMixin, ConfigMixin):
         height, width = self.grid
         regions = height * width
         grain = torch.full((count, regions), _HIDDEN, device=self.device)
-        order = torch.rand(count, regions, generator=generator).argsort(dim=1).to(self.device)
+        device = "cpu" if generator is None else generator.device
+        order = torch.rand(count, regions, generator=generator, device=device).argsort(dim=1).to(self.device)
         bounds = [round(regions * (1 - math.cos(math.pi / 2 * k / num_steps))) for k in range(num_steps + 1)]
         for start, stop in pairwise(bounds):  # few at first, when little is known
             if start == stop:
                 continue
             logits = self(grain.unflatten(1, self.grid), class_labels).flatten(1, 2)
             fine = logits.float().softmax(-1)[..., 1]
-            drawn = (torch.rand(fine.shape, generator=generator).to(fine.device) < fine).long()
+            chance = torch.rand(fine.shape, generator=generator, device=device).to(fine.device)
+            drawn = (chance < fine).long()
             places = order[:, start:stop]
             grain = grain.scatter(1, places, drawn.gather(1, places))
         return grain.unflatten(1, self.grid).bool()

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from ditkit.registry import Paper, register
@@ -114,9 +114,9 @@ def distinct_weights(grain: Tensor) -> Tensor:
 class ResidualBlock(nn.Module):
     """Two convolutions, each after group norm and SiLU, (B, C, H, W) -> (B, C_out, H, W)."""
 
-    def __init__(self, width: int, out: int) -> None:
+    def __init__(self, width: int, out: int, groups: int = 32) -> None:
         super().__init__()
-        self.norm1, self.norm2 = _norm(width), _norm(out)
+        self.norm1, self.norm2 = _norm(width, groups), _norm(out, groups)
         self.conv1, self.conv2 = nn.Conv2d(width, out, 3, padding=1), nn.Conv2d(out, out, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(width, out, 1) if width != out else nn.Identity()
 
@@ -128,9 +128,9 @@ class ResidualBlock(nn.Module):
 class PixelAttention(nn.Module):
     """Attention of one head over all pixels, added: (B, C, H, W)."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, groups: int = 32) -> None:
         super().__init__()
-        self.norm = _norm(width)
+        self.norm = _norm(width, groups)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -143,12 +143,12 @@ class PixelAttention(nn.Module):
 
 
 class _Middle(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, groups: int) -> None:
         super().__init__()
         self.block_1, self.attn_1, self.block_2 = (
-            ResidualBlock(width, width),
-            PixelAttention(width),
-            ResidualBlock(width, width),
+            ResidualBlock(width, width, groups),
+            PixelAttention(width, groups),
+            ResidualBlock(width, width, groups),
         )
 
     def forward(self, maps: Tensor) -> Tensor:
@@ -170,12 +170,12 @@ class _Resample(nn.Module):
 class _Level(nn.Module):
     """Residual blocks, each with attention if the level has it; a resampling beside them."""
 
-    def __init__(self, width: int, out: int, blocks: int, attention: bool) -> None:
+    def __init__(self, width: int, out: int, blocks: int, attention: bool, groups: int) -> None:
         super().__init__()
         self.block = nn.ModuleList(
-            [ResidualBlock(width if index == 0 else out, out) for index in range(blocks)]
+            [ResidualBlock(width if index == 0 else out, out, groups) for index in range(blocks)]
         )
-        self.attn = nn.ModuleList([PixelAttention(out) for _ in range(blocks if attention else 0)])
+        self.attn = nn.ModuleList([PixelAttention(out, groups) for _ in range(blocks if attention else 0)])
 
     def forward(self, maps: Tensor) -> Tensor:
         for index, block in enumerate(self.block):
@@ -184,8 +184,8 @@ class _Level(nn.Module):
         return maps
 
 
-def _norm(width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, width), width, eps=1e-6)
+def _norm(width: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(min(groups, width), width, eps=1e-6)
 
 
 class DualGrainEncoder(nn.Module):
@@ -197,6 +197,7 @@ class DualGrainEncoder(nn.Module):
         num_res_blocks: of each level.
         attn_resolutions: sides at which levels attend, for pictures of side `resolution`.
         z_channels: channels of each head.
+        norm_num_groups: groups of channels that are normalised together, at most the width.
     """
 
     def __init__(
@@ -207,23 +208,24 @@ class DualGrainEncoder(nn.Module):
         attn_resolutions: Sequence[int],
         resolution: int,
         z_channels: int,
+        norm_num_groups: int = 32,
     ) -> None:
         super().__init__()
         if len(ch_mult) < 2:
             raise ValueError(f"ch_mult={tuple(ch_mult)}: two grains need two levels")
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
-        widths = [ch, *(ch * factor for factor in ch_mult)]
+        widths, groups = [ch, *(ch * factor for factor in ch_mult)], norm_num_groups
         self.down = nn.ModuleList()
         for index in range(len(ch_mult)):
             attention = resolution >> index in attn_resolutions
-            level = _Level(widths[index], widths[index + 1], num_res_blocks, attention)
+            level = _Level(widths[index], widths[index + 1], num_res_blocks, attention, groups)
             if index < len(ch_mult) - 1:
                 level.downsample = _Resample(widths[index + 1], up=False)
             self.down.append(level)
         fine, coarse = widths[-2:]
-        self.mid_coarse, self.norm_out_coarse = _Middle(coarse), _norm(coarse)
+        self.mid_coarse, self.norm_out_coarse = _Middle(coarse, groups), _norm(coarse, groups)
         self.conv_out_coarse = nn.Conv2d(coarse, z_channels, 3, padding=1)
-        self.mid_fine, self.norm_out_fine = _Middle(fine), _norm(fine)
+        self.mid_fine, self.norm_out_fine = _Middle(fine, groups), _norm(fine, groups)
         self.conv_out_fine = nn.Conv2d(fine, z_channels, 3, padding=1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,19 +244,26 @@ class _Decoder(nn.Module):
     """Codes on the fine grid to pictures; levels listed from the picture down, as in the encoder."""
 
     def __init__(
-        self, ch: int, ch_mult: Sequence[int], blocks: int, attention: Sequence[int], side: int, z: int
+        self,
+        ch: int,
+        ch_mult: Sequence[int],
+        blocks: int,
+        attention: Sequence[int],
+        side: int,
+        z: int,
+        groups: int,
     ) -> None:
         super().__init__()
         widths = [ch * factor for factor in ch_mult]
-        self.conv_in, self.mid = nn.Conv2d(z, widths[-1], 3, padding=1), _Middle(widths[-1])
+        self.conv_in, self.mid = nn.Conv2d(z, widths[-1], 3, padding=1), _Middle(widths[-1], groups)
         self.up = nn.ModuleList()
         for index, width in enumerate(widths):
             above = widths[min(index + 1, len(widths) - 1)]
-            level = _Level(above, width, blocks + 1, side >> index in attention)
+            level = _Level(above, width, blocks + 1, side >> index in attention, groups)
             if index:
                 level.upsample = _Resample(width, up=True)
             self.up.append(level)
-        self.norm_out, self.conv_out = _norm(ch * ch_mult[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
+        self.norm_out, self.conv_out = _norm(widths[0], groups), nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, latent: Tensor) -> Tensor:
         maps = self.mid(self.conv_in(latent))
@@ -281,10 +290,16 @@ class DualGrainLatent:
     latent_dist: DiagonalGaussianDistribution
     grain: Tensor
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """One draw, (B, z, 2h, 2w), with one noise for each coarse region."""
+    def sample(self, generator: torch.Generator | None = None, noise: Tensor | None = None) -> Tensor:
+        """One draw, (B, z, 2h, 2w), with one noise for each coarse region.
+
+        Args:
+            generator: for a draw that is the same again.
+            noise: standard normal of the latent's shape, used instead.
+        """
         mean, std = self.latent_dist.mean, self.latent_dist.std
-        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        if noise is None:
+            noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
         return mean + std * multi_grained_noise(noise, self.grain)
 
     def mode(self) -> Tensor:
@@ -306,6 +321,9 @@ class DualGrainAutoencoder(ModelMixin, ConfigMixin):
         bins: grey levels of the entropy.
         sigma: width of its kernel.
         scaling_factor: what latents are multiplied by for diffusion.
+        shift_factor: what is taken from them before.
+        norm_num_groups: groups of channels that are normalised together, at most the width. A narrow model
+            needs few: where each channel is a group of its own, a flat area loses its colour.
 
     Raises:
         ValueError: for levels that do not fit.
@@ -325,6 +343,8 @@ class DualGrainAutoencoder(ModelMixin, ConfigMixin):
         bins: int = 32,
         sigma: float = 0.01,
         scaling_factor: float = 1.0,
+        shift_factor: float = 0.0,
+        norm_num_groups: int = 32,
     ) -> None:
         super().__init__()
         decoder = tuple(decoder_ch_mult or ch_mult[:-1])
@@ -333,11 +353,14 @@ class DualGrainAutoencoder(ModelMixin, ConfigMixin):
                 f"decoder_ch_mult={decoder}: the decoder starts from the fine grid: one level less than "
                 f"ch_mult={tuple(ch_mult)}"
             )
-        self.region = 2 ** (len(ch_mult) - 1)
+        self.region = 2 ** (len(ch_mult) - 1)  # side S of a region in pixels
+        self.cell = self.region // 2  # of a fine code
         self.encoder = DualGrainEncoder(
-            ch, ch_mult, num_res_blocks, attn_resolutions, resolution, 2 * z_channels
+            ch, ch_mult, num_res_blocks, attn_resolutions, resolution, 2 * z_channels, norm_num_groups
         )
-        self.decoder = _Decoder(ch, decoder, num_res_blocks, attn_resolutions, resolution, z_channels)
+        self.decoder = _Decoder(
+            ch, decoder, num_res_blocks, attn_resolutions, resolution, z_channels, norm_num_groups
+        )
 
     def grain(self, images: Tensor) -> Tensor:
         """Which regions of pictures (B, 3, H, W) in [-1, 1] are fine, (B, h, w)."""
@@ -356,19 +379,22 @@ class DualGrainAutoencoder(ModelMixin, ConfigMixin):
         coarse, fine = self.encoder(images)
         return DualGrainLatent(DiagonalGaussianDistribution(copy_neighbours(coarse, fine, grain)), grain)
 
-    def decode(self, latent: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) of latents (B, z, 2h, 2w)."""
-        return self.decoder(latent)
+    def decode(self, latent: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Pictures (B, 3, H, W) of latents (B, z, 2h, 2w), as `.sample` or in a tuple."""
+        images = self.decoder(latent)
+        return DecoderOutput(sample=images) if return_dict else (images,)
 
     def forward(self, images: Tensor, grain: Tensor | None = None) -> Tensor:
         """Pictures encoded, drawn and decoded."""
-        return self.decode(self.encode(images, grain).sample())
+        return self.decoder(self.encode(images, grain).sample())
 
-    def losses(self, images: Tensor, kl_weight: float = 1e-6) -> dict[str, Tensor]:
+    def losses(
+        self, images: Tensor, kl_weight: float = 1e-6, noise: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Losses of each picture, (B,): "reconstruction" (mean absolute error), "kl" (nats, of the distinct
-        codes) and their weighted sum "loss"."""
+        codes) and their weighted sum "loss". `noise` is that of `DualGrainLatent.sample`."""
         encoded = self.encode(images)
-        reconstruction = (self.decode(encoded.sample()) - images).abs().flatten(1).mean(1)
+        reconstruction = (self.decoder(encoded.sample(noise=noise)) - images).abs().flatten(1).mean(1)
         mean, log_variance = encoded.latent_dist.mean, encoded.latent_dist.logvar
         divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
         kl = (divergence * distinct_weights(encoded.grain)).flatten(1).sum(1)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ditkit.models.base import ClassConditionalModel, both_sides, chosen
 from ditkit.models.layers import CrossAttention, LabelDropout, TimestepEmbedder
 from ditkit.models.layouts import LAYOUTS, Layout, Settings, State, count, label_rows, shapes_of
+from ditkit.models.text import TEXT_SETTINGS
 from ditkit.registry import Paper, register
 
 TextForm = Literal["cross-attention", "depthwise"]
@@ -34,6 +35,16 @@ def channel_norm(maps: Tensor) -> Tensor:
     """Layer norm over the channels of each pixel, no affine part: (B, D, H, W)."""
     last = maps.movedim(1, -1)
     return F.layer_norm(last, last.shape[-1:], eps=1e-6).movedim(-1, 1)
+
+
+class PointwiseConv(nn.Conv2d):
+    """A 1 x 1 convolution as the product of matrices that it is: channels stay last in memory."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return F.linear(maps.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
 
 
 def text_depthwise(maps: Tensor, text: Tensor, kernel_size: int = 9) -> Tensor:
@@ -95,16 +106,16 @@ class DiCoBlock(nn.Module):
     ) -> None:
         super().__init__()
         hidden = int(mlp_ratio * width)
-        self.conv1 = nn.Conv2d(width, width, 1)
+        self.conv1 = PointwiseConv(width, width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, groups=width)
         self.ca = (
-            nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(width, width, 1), nn.Sigmoid())
+            nn.Sequential(nn.AdaptiveAvgPool2d(1), PointwiseConv(width, width), nn.Sigmoid())
             if channel_attention
             else None
         )
-        self.conv3 = nn.Conv2d(width, width, 1)
-        self.conv4 = nn.Conv2d(width, hidden, 1)
-        self.conv5 = nn.Conv2d(hidden, width, 1)
+        self.conv3 = PointwiseConv(width, width)
+        self.conv4 = PointwiseConv(width, hidden)
+        self.conv5 = PointwiseConv(hidden, width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.text = TextMixer(width, text_width, text) if text_width is not None else None
 
@@ -234,13 +245,17 @@ class DiCo(ClassConditionalModel):
         self.down2_3 = _Resample(2 * width, width, nn.PixelUnshuffle(2))
         self.latent = level(4 * width, depth[2])
         self.up3_2 = _Resample(4 * width, 8 * width, nn.PixelShuffle(2))
-        self.reduce_chan_level2 = nn.Conv2d(4 * width, 2 * width, 1)
+        self.reduce_chan_level2 = PointwiseConv(4 * width, 2 * width)
         self.decoder_level_2 = level(2 * width, depth[3])
         self.up2_1 = _Resample(2 * width, 4 * width, nn.PixelShuffle(2))
-        self.reduce_chan_level1 = nn.Conv2d(2 * width, 2 * width, 1)
+        self.reduce_chan_level1 = PointwiseConv(2 * width, 2 * width)
         self.decoder_level_1 = level(2 * width, depth[4])
         self.final_layer = _ConvHead(2 * width, self.out_channels)
         self.initialize_weights()
+
+    @property
+    def text_channels(self) -> int | None:
+        return self.config["text_width"]
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -305,6 +320,8 @@ class DiCo(ClassConditionalModel):
                 maps = self.run(block, maps, conditioning, text)
             return maps
 
+        # Channels last in memory, which every layer here keeps: norms and 1 x 1 convolutions need it so.
+        hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
         first = level(self.encoder_level_1, self.x_embedder(hidden_states), narrow)  # (B, D, H, W)
         second = level(self.encoder_level_2, self.down1_2(first), middle)  # (B, 2D, H/2, W/2)
         maps = level(self.latent, self.down2_3(second), wide)  # (B, 4D, H/4, W/4)
@@ -358,4 +375,5 @@ def _needs(settings: Settings) -> Iterable[tuple[str, str]]:
     yield "num_classes", "there is no y_embedder.embedding_table_0.weight"
 
 
+TEXT_SETTINGS["dico"] = lambda width: {"text_width": width, "num_classes": 0}
 LAYOUTS["dico"] = Layout(infer=_infer, needs=_needs, variants=VARIANTS)

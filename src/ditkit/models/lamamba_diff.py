@@ -60,14 +60,22 @@ def scan_paths(height: int, width: int, continuous: bool = True) -> Tensor:
 
 
 def scan(maps: Tensor, paths: Tensor) -> Tensor:
-    """Maps (B, E, H, W) read along the paths (K, L): (B, K, E, L)."""
-    return maps.flatten(2)[:, :, paths].transpose(1, 2)
+    """Maps (B, E, H, W) read along the paths (K, L): (B, K, E, L), stored as (L, B, K, E) for the scan."""
+    batch, length = len(maps), paths.shape[1]
+    rows = maps.flatten(2).transpose(1, 2).flatten(0, 1)  # (B L, E)
+    sample = torch.arange(batch, device=maps.device)[:, None]
+    index = sample * length + paths.T.unsqueeze(1)  # (L, B, K)
+    return rows.index_select(0, index.flatten()).unflatten(0, index.shape).permute(1, 2, 3, 0)
 
 
 def merge(sequences: Tensor, paths: Tensor) -> Tensor:
     """Sequences (B, K, E, L) put back in row-major order and summed over the paths: (B, E, L)."""
-    inverse = paths.argsort(dim=1)[:, None].expand(-1, sequences.shape[2], -1)  # (K, E, L)
-    return sequences.gather(3, inverse.expand(len(sequences), -1, -1, -1)).sum(1)
+    batch, kinds = sequences.shape[:2]
+    rows = sequences.permute(3, 0, 1, 2).flatten(0, 2)  # (L B K, E)
+    sample = torch.arange(batch, device=rows.device)[:, None]
+    places = paths.argsort(dim=1).T.unsqueeze(1)  # (L, 1, K)
+    index = (places * batch + sample) * kinds + torch.arange(kinds, device=rows.device)  # (L, B, K)
+    return rows.index_select(0, index.flatten()).unflatten(0, index.shape).sum(2).permute(1, 2, 0)
 
 
 class SS2D(nn.Module):
@@ -116,12 +124,15 @@ class SS2D(nn.Module):
         inner = F.silu(self.conv2d(inner.movedim(-1, 1)))  # (B, E, H, W)
         paths = scan_paths(height, width, self.continuous).to(maps.device)
         sequences = scan(inner, paths)  # (B, K, E, L)
-        projected = torch.einsum("bkel,kre->bkrl", sequences, self.x_proj_weight)
-        step, b, c = projected.split([self.rank, self.state, self.state], dim=2)  # (B, K, R or N, L)
-        step = torch.einsum("bkrl,ker->bkel", step, self.dt_projs_weight)
+        along = sequences.permute(1, 3, 0, 2).flatten(1, 2)  # (K, L B, E)
+        projected = along @ self.x_proj_weight.mT
+        step, *both = projected.split([self.rank, self.state, self.state], dim=2)  # (K, L B, R or N)
+        step = (step @ self.dt_projs_weight.mT).transpose(0, 1).flatten(1)  # (L B, 4 E)
+        size = (height * width, len(maps))
+        b, c = (x.unflatten(1, size).permute(2, 0, 3, 1) for x in both)  # (B, K, N, L)
         outputs, _ = selective_scan(
             sequences.flatten(1, 2),
-            step.flatten(1, 2),
+            step.unflatten(0, size).permute(1, 2, 0),
             -self.A_logs.float().exp(),
             b,
             c,

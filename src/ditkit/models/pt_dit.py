@@ -43,6 +43,7 @@ from ditkit.models.layers import (
 )
 from ditkit.models.layouts import LAYOUTS, Layout, Settings, State, count, label_rows, shapes_of
 from ditkit.models.routing import ChannelRouting
+from ditkit.models.text import TEXT_SETTINGS
 from ditkit.models.windows import Grid, from_windows, shift_mask, to_windows
 from ditkit.registry import Paper, register
 
@@ -113,7 +114,7 @@ class PTDiTBlock(RoutableBlock):
         Args:
             hidden_states: (B, P, n, D).
             conditioning: the time's vector, (B, 6, D).
-            *more: the `_Geometry` and the text (B, T, D) with its mask (B, 1, 1, T), or two None.
+            *more: the `Geometry` and the text (B, T, D) with its mask (B, 1, 1, T), or two None.
         """
         geometry, text, text_mask = more
         table = self.scale_shift_table + conditioning  # (B, 6, D)
@@ -142,7 +143,7 @@ class PTDiTBlock(RoutableBlock):
         return hidden_states + gate_mlp * self.ff(modulated)
 
 
-class _Geometry:
+class Geometry:
     """Grid, windows and proxies of one forward."""
 
     def __init__(self, grid: Grid, window: Grid, proxy: Grid, form: Any, device: torch.device) -> None:
@@ -264,6 +265,10 @@ class PTDiT(ClassConditionalModel):
         self.scale_shift_table = nn.Parameter(torch.randn(2, hidden_size) / hidden_size**0.5)
         self.proj_out = nn.Linear(hidden_size, patch_size * patch_size * self.out_channels)
 
+    @property
+    def text_channels(self) -> int | None:
+        return self.config["caption_channels"]
+
     def positions(self, grid: Grid) -> Tensor:
         """Sines and cosines of a grid (f, h, w): D/4 channels of the frame, then 3 D/4 of column and row,
         (1, f, h, w, D). Large pictures spread the positions of smaller ones, as in the authors' code."""
@@ -348,7 +353,7 @@ class PTDiT(ClassConditionalModel):
                 text_mask = (blocked * _BLOCKED)[:, None, None]  # (B, 1, 1, T)
         patch = self.config["patch_size"]
         grid = (latent.shape[2], latent.shape[3] // patch, latent.shape[4] // patch)
-        geometry = _Geometry(grid, self.window, self.proxy_sides, self.config["proxy"], windows.device)
+        geometry = Geometry(grid, self.window, self.proxy_sides, self.config["proxy"], windows.device)
         mask = None if self.channel_routing is None else self.channel_routing(timestep, dtype=windows.dtype)
         mask = None if mask is None else mask.unsqueeze(1)  # (B, 1, 1, D)
         for block in self.transformer_blocks:
@@ -462,4 +467,5 @@ def _rename(state: State) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if name != "pos_embed.pos_embed"}
 
 
+TEXT_SETTINGS["pt-dit"] = lambda width: {"caption_channels": width, "num_classes": None}
 LAYOUTS["pt-dit"] = Layout(infer=_infer, needs=_needs, variants=VARIANTS, rename=_rename, null_class=False)

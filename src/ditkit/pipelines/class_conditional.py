@@ -9,25 +9,29 @@ Dimensions: B pictures, C latent channels, H and W latent height and width.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+import difflib
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
-from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers import ImagePipelineOutput
 from torch import Tensor
 
 from ditkit.models.base import ClassConditionalModel
-from ditkit.models.dit import SiT
-from ditkit.models.guidance import GuidedChannels, guide, guided_channels
+from ditkit.models.guidance import GuidedChannels
+from ditkit.pipelines.denoising import (
+    Callback,
+    DenoisingPipeline,
+    Generators,
+    Network,
+    OutputType,
+    Sampler,
+)
 
-Sampler = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor], Tensor]
-"""`(network, noise) -> latents`; the network is `(x, t) -> guided prediction`, in the model's own time."""
+__all__ = ["ClassConditionalPipeline", "Sampler", "find_class"]
 
 
-class ClassConditionalPipeline(DiffusionPipeline):
+class ClassConditionalPipeline(DenoisingPipeline):
     """Draws pictures of given classes.
 
     Args:
@@ -38,39 +42,52 @@ class ClassConditionalPipeline(DiffusionPipeline):
             (diffusers' reversed time and sign are converted here).
         vae: an `AutoencoderKL`; without one the latents are the pictures, and have 1 or 3 channels, or are
             asked for with `output_type="latent"`.
+        class_names: in the order of their labels; None: classes are known by number only.
+
+    Raises:
+        ValueError: names in another number than the model's classes.
     """
 
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
 
-    def __init__(self, transformer: ClassConditionalModel, scheduler: Any, vae: Any = None) -> None:
+    def __init__(
+        self,
+        transformer: ClassConditionalModel,
+        scheduler: Any,
+        vae: Any = None,
+        class_names: Sequence[str] | None = None,
+    ) -> None:
         super().__init__()
-        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        self.transformer, self.scheduler, self.vae = transformer, scheduler, vae
-        self.scale = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.scale)
+        self._hold(transformer, scheduler, vae)
+        classes = transformer.y_embedder.num_classes
+        if class_names is not None and len(class_names) != classes:
+            raise ValueError(f"class_names: {len(class_names)} names for a model of {classes} classes")
+        self.class_names = None if class_names is None else list(class_names)
+        self.register_to_config(class_names=self.class_names)
 
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         guidance_scale: float = 4.0,
         guidance_channels: GuidedChannels | None = None,
         num_inference_steps: int = 50,
         num_images_per_label: int = 1,
         height: int | None = None,
         width: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: Tensor | None = None,
         sampler: Sampler | None = None,
-        output_type: Literal["pil", "np", "pt", "latent"] = "pil",
+        output_type: OutputType = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end: Callback | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw pictures.
 
         Args:
-            class_labels: one label or several, 0..num_classes-1; None draws without a class.
+            class_labels: one class or several, by label, 0..num_classes-1, or by name; None draws without a
+                class.
             guidance_scale: 1 is no guidance, and costs half.
             guidance_channels: how many leading channels are guided, or "all", as diffusers does. None: as the
                 model's authors, 3 for a DiT or SiT (all where there are fewer).
@@ -90,90 +107,48 @@ class ClassConditionalPipeline(DiffusionPipeline):
             ValueError: for labels, sizes, channels or a scheduler that do not fit the model.
         """
         labels = self._labels(class_labels, num_images_per_label)
-        if guidance_channels is None:
-            guidance_channels = self.transformer.default_guidance()
-        channels = guided_channels(guidance_channels, self.transformer.in_channels)
-        guided = guidance_scale != 1 and class_labels is not None
-        null = torch.full_like(labels, self.transformer.y_embedder.null_label) if guided else None
+        scale = 1.0 if class_labels is None else guidance_scale
+        network = self._network(labels, scale, guidance_channels)
         self._check(output_type, None if sampler else self.scheduler)
-        if latents is None:
-            shape = (len(labels), self.transformer.in_channels, *self._latent_size(height, width))
-            latents = randn_tensor(shape, generator, self._execution_device, self.transformer.dtype)
-        elif latents.shape[:2] != (len(labels), self.transformer.in_channels):
-            raise ValueError(
-                f"latents has shape {tuple(latents.shape)}; expected ({len(labels)}, "
-                f"{self.transformer.in_channels}, H, W)"
-            )
+        noise = self._noise(len(labels), height, width, generator, latents)
+        drawn = self._draw(network, noise, sampler, num_inference_steps, generator, callback_on_step_end)
+        return self._output(drawn, output_type, return_dict)
 
-        def network(state: Tensor, t: Tensor) -> Tensor:
-            if null is None:
-                return self.transformer(state, t, labels, return_dict=False)[0]
-            twice, times, both = torch.cat([state, state]), torch.cat([t, t]), torch.cat([labels, null])
-            prediction = self.transformer(twice, times, both, return_dict=False)[0]
-            conditional, unconditional = prediction.chunk(2)
-            return guide(conditional, unconditional, guidance_scale, channels)[0]
+    def find(self, asked: str) -> int:
+        """The label of a class by its name, whatever the case, or by its number.
 
-        latents = latents.to(self._execution_device, self.transformer.dtype)
-        if sampler is not None:
-            latents = sampler(network, latents)
-        else:
-            latents = self._denoise(network, latents, num_inference_steps, generator, callback_on_step_end)
-        images: Any = latents if output_type == "latent" else self._decode(latents, output_type)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        Raises:
+            ValueError: no such class; the nearest names.
+        """
+        return find_class(self.class_names, asked, self.transformer.y_embedder.num_classes)
 
-    def _denoise(
+    def _network(
         self,
-        network: Callable[[Tensor, Tensor], Tensor],
-        latents: Tensor,
-        steps: int,
-        generator: torch.Generator | list[torch.Generator] | None,
-        callback: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None,
-    ) -> Tensor:
-        """The loop over the scheduler's timesteps, from noise to latents (B, C, H, W)."""
-        scheduler, flow = self.scheduler, _is_flow(self.scheduler)
-        if flow and "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
-            # Even steps down to zero; the schedulers' own choice makes a last step of a thousandth.
-            scheduler.set_timesteps(
-                sigmas=torch.linspace(1, 1 / steps, steps).tolist(), device=latents.device
-            )
-        else:
-            scheduler.set_timesteps(steps, device=latents.device)
-        learned = str(scheduler.config.get("variance_type", "")).startswith("learned")
-        options = (
-            {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        labels: Tensor,
+        guidance_scale: float,
+        guidance_channels: GuidedChannels | None,
+        **conditions: Tensor,
+    ) -> Network:
+        """`(x, t) -> guided prediction` for labels (B,) and what else the model's forward takes for each."""
+        without = None
+        if guidance_scale != 1:
+            null = torch.full_like(labels, self.transformer.y_embedder.null_label)
+            without = {"class_labels": null, **conditions}
+        return self._guided(
+            {"class_labels": labels, **conditions}, without, guidance_scale, guidance_channels
         )
-        latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
-        progress_bar: Any = self.progress_bar
-        for index, timestep in enumerate(progress_bar(scheduler.timesteps)):
-            state = latents if flow else scheduler.scale_model_input(latents, timestep)
-            t = timestep.expand(len(latents))
-            if flow:  # diffusers' time runs from data (0) to noise, ours from noise to data
-                prediction = -network(state, 1 - t / scheduler.config["num_train_timesteps"])
-            else:
-                prediction = network(state, t)
-                prediction = prediction if learned else prediction[:, : self.transformer.in_channels]
-            latents = scheduler.step(prediction, timestep, latents, return_dict=False, **options)[0]
-            if callback is not None:
-                latents = callback(self, index, timestep, {"latents": latents}).get("latents", latents)
-        return latents
 
-    def _decode(self, latents: Tensor, output_type: str) -> Any:
-        """Pictures of latents (B, C, H, W)."""
-        if self.vae is not None:
-            latents = latents / self.vae.config.scaling_factor + (self.vae.config.get("shift_factor") or 0.0)
-            latents = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-        return self.image_processor.postprocess(latents, output_type=output_type)
-
-    def _labels(self, class_labels: int | Sequence[int] | Tensor | None, repeats: int) -> Tensor:
+    def _labels(self, class_labels: Any, repeats: int) -> Tensor:
         """Labels (B,) on the model's device."""
         if repeats < 1:
             raise ValueError(f"num_images_per_label={repeats}: expected 1 or more")
         classes = self.transformer.y_embedder.num_classes
         if class_labels is None:
             class_labels = [self.transformer.y_embedder.null_label]
-        elif isinstance(class_labels, int):
+        elif isinstance(class_labels, int | str):
             class_labels = [class_labels]
+        if not isinstance(class_labels, Tensor):
+            class_labels = [self.find(one) if isinstance(one, str) else one for one in class_labels]
         labels = torch.as_tensor(class_labels, device=self._execution_device).flatten()
         if labels.numel() == 0 or labels.is_floating_point():
             raise ValueError(f"class_labels={class_labels!r}: expected whole numbers")
@@ -182,39 +157,27 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise ValueError(f"class_labels={labels.tolist()}: the model's classes are 0 to {classes - 1}")
         return labels.repeat_interleave(repeats)
 
-    def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        multiple, default = self.transformer.side_multiple, self.transformer.latent_size
-        sides = []
-        for name, value, usual in (("height", height, default[0]), ("width", width, default[1])):
-            if value is not None and value % (self.scale * multiple):
-                raise ValueError(f"{name}={value}: expected a multiple of {self.scale * multiple}")
-            sides.append(usual if value is None else value // self.scale)
-        return sides[0], sides[1]
 
-    def _check(self, output_type: str, scheduler: Any) -> None:
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type={output_type!r} is unknown; there are 'pil', 'np', 'pt', 'latent'")
-        channels = self.transformer.in_channels
-        if output_type != "latent" and self.vae is None and channels not in (1, 3):
-            raise ValueError(
-                f"latents of {channels} channels are no pictures: give the pipeline a vae, or ask for "
-                "output_type='latent'"
-            )
-        if scheduler is None:
-            return
-        sit, variance = isinstance(self.transformer, SiT), self.transformer.out_channels > channels
-        if (variance and not sit) if _is_flow(scheduler) else sit:
-            raise ValueError(
-                f"{type(scheduler).__name__} does not fit a {type(self.transformer).__name__}: a SiT needs a "
-                "flow-matching scheduler or a sampler, a DiT with learned variance one of the others"
-            )
-        learned = str(scheduler.config.get("variance_type", "")).startswith("learned")
-        if learned and not variance:
-            raise ValueError(
-                f"variance_type={scheduler.config['variance_type']!r} needs a model with learn_sigma=True"
-            )
+def find_class(names: Sequence[str] | None, asked: str, count: int) -> int:
+    """The label of a class by its name, whatever the case, or by its number.
 
+    Args:
+        names: of the classes; None: they have numbers only.
+        asked: a name, or a number as text; a class whose name is a number goes by its name.
+        count: how many classes there are.
 
-def _is_flow(scheduler: Any) -> bool:
-    """Flow-matching schedulers have no class in common, only their names."""
-    return "FlowMatch" in type(scheduler).__name__
+    Raises:
+        ValueError: no such class; the nearest names.
+    """
+    wanted = asked.strip().lower()
+    known = [name.lower() for name in names or ()]
+    if wanted in known:
+        return known.index(wanted)
+    if wanted.isdecimal() and int(wanted) < count:
+        return int(wanted)
+    if names is None:
+        raise ValueError(f"no class {asked!r}: the model's classes have no names; give 0 to {count - 1}")
+    near = [names[known.index(name)] for name in difflib.get_close_matches(wanted, known, n=3, cutoff=0.5)]
+    some = ", ".join(names[:8]) + (", ..." if count > 8 else "")
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {some}."
+    raise ValueError(f"no class {asked!r}: {hint} A number from 0 to {count - 1} does too")

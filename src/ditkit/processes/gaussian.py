@@ -207,7 +207,12 @@ class GaussianDiffusion:
     # --- training -------------------------------------------------------------------------------------
 
     def training_losses(
-        self, model: ModelFunction, sample: Tensor, t: Tensor, noise: Tensor | None = None
+        self,
+        model: ModelFunction,
+        sample: Tensor,
+        t: Tensor,
+        noise: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Losses of each sample, (B,): "loss", and its parts "mse" and "vb" where it has them.
 
@@ -216,38 +221,51 @@ class GaussianDiffusion:
             sample: x_0, (B, C, ...).
             t: steps of this schedule, (B,), 0..T-1.
             noise: standard normal of the sample's shape; drawn when None.
+            weight: what each element counts in the means, broadcast to the sample; None: all alike.
         """
         noise = torch.randn_like(sample) if noise is None else noise
         state = self.q_sample(sample, t, noise)
         output = model(state, self.model_timestep(t))
         if self.loss in ("kl", "rescaled_kl"):
-            bound = self.bound(output, sample, state, t)
+            bound = self.bound(output, sample, state, t, weight=weight)
             return {"loss": bound * self.num_steps if self.loss == "rescaled_kl" else bound, "vb": bound}
         prediction, between = self.split(output, state)
         target = noise if self.prediction == "epsilon" else sample
-        mse = mean_flat((target - prediction) ** 2)
+        mse = mean_flat((target - prediction) ** 2, weight)
         if between is None:
             return {"loss": mse, "mse": mse}
         # Detached, so that the bound trains the variance only.
-        bound = self.bound(torch.cat([prediction.detach(), between], dim=1), sample, state, t)
+        output = torch.cat([prediction.detach(), between], dim=1)
+        bound = self.bound(output, sample, state, t, weight=weight)
         if self.loss == "rescaled_mse":
             bound = bound * (self.num_steps / 1000)
         return {"loss": mse + bound, "mse": mse, "vb": bound}
 
     def bound(
-        self, output: Tensor, sample: Tensor, state: Tensor, t: Tensor, *, clip: bool = False
+        self,
+        output: Tensor,
+        sample: Tensor,
+        state: Tensor,
+        t: Tensor,
+        *,
+        clip: bool = False,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """One term of the variational bound in bits per dimension, (B,): KL, or at t = 0 the likelihood."""
         true = self.q_posterior(sample, state, t)
         model = self.p_mean_variance(output, state, t, clip=clip)
-        divergence = mean_flat(normal_kl(true.mean, true.log_variance, model.mean, model.log_variance))
-        likelihood = mean_flat(discretized_log_likelihood(sample, model.mean, 0.5 * model.log_variance))
+        divergence = normal_kl(true.mean, true.log_variance, model.mean, model.log_variance)
+        likelihood = discretized_log_likelihood(sample, model.mean, 0.5 * model.log_variance)
+        divergence, likelihood = mean_flat(divergence, weight), mean_flat(likelihood, weight)
         return torch.where(t == 0, -likelihood, divergence) / math.log(2.0)
 
 
-def mean_flat(values: Tensor) -> Tensor:
-    """Mean over all but the batch: (B, ...) -> (B,)."""
-    return values.flatten(1).mean(1)
+def mean_flat(values: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean over all but the batch, (B, ...) -> (B,), weighted where there is a weight to broadcast."""
+    if weight is None:
+        return values.flatten(1).mean(1)
+    weight = weight.to(values.dtype).expand_as(values)
+    return (values * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:

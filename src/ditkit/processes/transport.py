@@ -66,7 +66,12 @@ class Transport:
     # --- training -------------------------------------------------------------------------------------
 
     def training_losses(
-        self, model: ModelFunction, x1: Tensor, x0: Tensor | None = None, t: Tensor | None = None
+        self,
+        model: ModelFunction,
+        x1: Tensor,
+        x0: Tensor | None = None,
+        t: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The loss of each sample, {"loss": (B,)}.
 
@@ -75,6 +80,7 @@ class Transport:
             x1: data, (B, C, ...).
             x0: standard normal noise; drawn when None.
             t: times, (B,); drawn uniformly from `train_interval` when None.
+            weight: what each element counts in the mean, broadcast to the data; None: all alike.
         """
         x0 = torch.randn_like(x1) if x0 is None else x0
         if t is None:
@@ -88,10 +94,10 @@ class Transport:
                 "learned variance: use a SiT, or a DiT with learn_sigma=False"
             )
         if self.prediction == "velocity":
-            return {"loss": mean_flat((output - self.plan.velocity(x0, x1, time)) ** 2)}
+            return {"loss": mean_flat((output - self.plan.velocity(x0, x1, time)) ** 2, weight)}
         # Both errors are those of a noise: the score is -x0/sigma.
         error = output - x0 if self.prediction == "noise" else output * self.plan.sigma(time) + x0
-        return {"loss": mean_flat(self._weight(time) * error**2)}
+        return {"loss": mean_flat(self._weight(time) * error**2, weight)}
 
     def _weight(self, time: Tensor) -> Tensor | float:
         if self.weight is None:

@@ -132,17 +132,11 @@ class BlockSeam:
         """Number of blocks, all stacks together."""
         return len(self._blocks)
 
-    @property
-    def caches_stack(self) -> bool:
-        """Does a cache keep the output of the whole stack?"""
-        return self._stack is not None
-
     def cache_stack(self, cache: StackCache) -> None:
         """Let a cache skip the blocks from `cache.after` on and supply the last one's output.
 
         Raises:
-            ConflictError: another cache owns the blocks, or `cache.after` is above 0 beside a method that
-                chooses tokens: the output of the first blocks then has other rows from step to step.
+            ConflictError: another cache owns the blocks, or a method chooses tokens.
             SeamError: `cache.after` is not in 0 .. depth - 1, or this class does not allow it.
         """
         self._host.require("stack")
@@ -152,11 +146,6 @@ class BlockSeam:
                 f"the blocks of {type(self._host.model).__name__} can't be skipped here: {reason}"
             )
         self._claim()
-        if cache.after and self._host.tokens.owner is not None:
-            raise ConflictError(
-                f"{self._host.attaching} compares the first blocks' outputs row by row, but "
-                f"{self._host.tokens.owner} changes the rows from step to step"
-            )
         if not 0 <= cache.after < self.depth:
             raise SeamError(f"after must be 0 to {self.depth - 1} for this model; got {cache.after}")
         self._stack = cache
@@ -169,7 +158,7 @@ class BlockSeam:
         """Let a cache answer in place of the model.
 
         Raises:
-            ConflictError: another cache owns the blocks.
+            ConflictError: another cache owns the blocks, or a method chooses tokens.
         """
         self._host.require("answer")
         self._claim()
@@ -179,19 +168,12 @@ class BlockSeam:
         """Let a cache replace the outputs of units before their gates.
 
         Raises:
-            ConflictError: another cache owns the blocks.
-            ConflictError: a method chooses tokens, so that the rows of a unit's output change.
+            ConflictError: another cache owns the blocks, or a method chooses tokens.
             SeamError: feed-forward chunking is on, which calls a unit several times in a forward, or this
                 class does not allow it.
         """
         self._host.require("units")
         self._claim()
-        if self._host.tokens.owner is not None:
-            raise ConflictError(
-                f"{self._host.attaching} keeps outputs of modules row by row, but {self._host.tokens.owner} "
-                "changes the rows from step to step. Use a cache of the whole stack "
-                "(granularity='last-block')"
-            )
         self._refuse_chunks()
         self._unit_cache = cache
         self._store, self._recall = torch.compiler.disable(cache.store), torch.compiler.disable(cache.recall)
@@ -249,6 +231,12 @@ class BlockSeam:
     def _claim(self) -> None:
         if any(cache is not None for cache in (self._stack, self._unit_cache, self._output)):
             raise ConflictError("the blocks of this model already belong to a cache; only one can own them")
+        if self._host.tokens.owner is not None:
+            # Even whole outputs mix tokens of this step with others' of earlier ones: no line to continue.
+            raise ConflictError(
+                f"{self._host.attaching} continues what every token gave from step to step, but "
+                f"{self._host.tokens.owner} computes other tokens at each; use one of them"
+            )
 
     # Skipping blocks.
 

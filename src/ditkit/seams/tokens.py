@@ -74,7 +74,6 @@ class TokenSeam:
         self._groups: list[Active] = []
         self._entered: Tensor | None = None
         self._rows: dict[tuple[str, int, int, int], tuple[Any, Any]] = {}
-        self._last: dict[str, Tensor] = {}
 
     def choose(self, choice: TokenChoice) -> None:
         """Let a method choose the tokens of each forward.
@@ -88,8 +87,6 @@ class TokenSeam:
         self._host.require("tokens")
         self._refuse({})
         self._choice, self.owner = choice, self._host.attaching or repr(choice)
-        self._host.clock.on_reset(self._last.clear)
-        self._host.stats.holds(lambda: sum(output.nbytes for output in self._last.values()))
         for place, (stack, _, block) in enumerate(self._blocks):
 
             def around(
@@ -136,10 +133,7 @@ class TokenSeam:
             if self._groups:
                 named[first] = splice(named[first], image, self._gather(named[first][:, image]))
         if not self._groups:
-            output = forward(*args, **kwargs)
-            if last:
-                self._remember(_hidden(stack, output)[:, image])
-            return output
+            return forward(*args, **kwargs)
         text = named.get("encoder_hidden_states")
         length = text.shape[1] if isinstance(text, Tensor) and text.ndim == 3 else 0
         if stack.joint:
@@ -217,13 +211,12 @@ class TokenSeam:
         else:
             self.partial = True
             step = self._host.clock.step
-            full = self._last.get(step.branch, self._choice.fill(step, self._entered)).clone()
+            full = self._choice.fill(step, self._entered).clone()
         for group in self._groups:
             if group.rows is None:
                 full.index_copy_(1, group.indices, kept)
             else:
                 full[group.rows[:, None], group.indices[None]] = kept[group.rows]
-        self._remember(full)
         full = splice(sequence, image, full)
         if isinstance(output, Tensor):
             return full
@@ -231,11 +224,6 @@ class TokenSeam:
             full if name == "hidden_states" else part
             for name, part in zip(stack.returns, output, strict=True)
         )
-
-    def _remember(self, output: Tensor) -> None:
-        """Where a cache around the blocks takes their output, it is to get the last one of each token."""
-        if self._host.blocks.caches_stack:
-            self._last[self._host.clock.step.branch] = output.detach()
 
 
 def _hidden(stack: Stack, output: Any) -> Tensor:

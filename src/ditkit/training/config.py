@@ -120,14 +120,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Train
         ConfigError: names each bad key and what was seen.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no training file at {path}")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: expected keys and values, got {type(raw).__name__}")
+    raw = read(path, "training file")
     if "stages" not in raw:
         output = raw.pop("output", None)
         raw = {"output": output or f"runs/{raw.get('name', path.stem)}", "stages": [raw]}
@@ -136,11 +129,36 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Train
     try:
         return TrainingFile.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(f"{path}: " + "; ".join(_explain(e) for e in error.errors())) from error
+        raise ConfigError(f"{path}: {explain(error)}") from error
+
+
+def read(path: Path, what: str) -> dict[str, Any]:
+    """The keys and values of a YAML file; `what` it is, for messages.
+
+    Raises:
+        FileNotFoundError: the file is not there.
+        ConfigError: it is no YAML, or no mapping.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no {what} at {path}")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: expected keys and values, got {type(raw).__name__}")
+    return raw
+
+
+def explain(error: ValidationError) -> str:
+    """Every bad key, what is wrong with it and what was seen, in one line."""
+    return "; ".join(map(_explain, error.errors()))
 
 
 def _explain(error: Any) -> str:
     where = ".".join(map(str, error["loc"])) or "file"
+    if error["type"] == "value_error":  # our own words, which say what was seen
+        return f"{where}: {error['ctx']['error']}"
     seen = "" if error["type"] in ("missing", "extra_forbidden") else f" (got {error['input']!r})"
     if error["type"] == "extra_forbidden":
         return f"{where}: no such key"
@@ -167,13 +185,26 @@ def _override(raw: dict[str, Any], text: str) -> None:
             )
     if not parts:
         raise ConfigError(f"override {text!r} names a stage, not a key in it")
+    assign(node, parts, value, text)
+
+
+def assign(node: Any, parts: list[str], value: str, text: str) -> None:
+    """Set a key deep in a file's mappings and lists.
+
+    Args:
+        node: where `parts` begin.
+        parts: keys, and numbers of list items.
+        value: read as YAML.
+        text: the whole override, for messages.
+
+    Raises:
+        ConfigError: there is no such place, or the value is no YAML.
+    """
     *path, last = parts
     for part in path:
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
-                raise ConfigError(
-                    f"override {text!r}: {part!r} is not one of the {len(node)} stages' numbers"
-                )
+                raise ConfigError(f"override {text!r}: {part!r} is not one of the {len(node)} items' numbers")
             node = node[int(part)]
         else:
             node[part] = {} if node.get(part) is None else node[part]  # `min-snr:` alone is an empty section
@@ -185,5 +216,5 @@ def _override(raw: dict[str, Any], text: str) -> None:
     except yaml.YAMLError as error:
         raise ConfigError(f"override {text!r}: {error}") from error
     if not isinstance(node, dict):
-        raise ConfigError(f"override {text!r}: name a key of the stage too")
+        raise ConfigError(f"override {text!r}: name a key of the item too")
     node[last] = parsed

@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +21,20 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers.training_utils import EMAModel
 from rich.console import Console
 from tqdm.auto import tqdm
 
 from ditkit.training import checkpoint as ckpt
 from ditkit.training import config as configuration
 from ditkit.training import optimizers
+from ditkit.training.average import WeightAverage
 from ditkit.training.order import BatchNoise, SampleOrder, mix, split_rows
 from ditkit.training.tasks import Task, find
 
 console = Console(stderr=True)
+
+Measure = Callable[[Task, int], dict[str, float]]
+"""`(task, step) -> figures`, to be logged beside the held-out loss; the averaged weights are in place."""
 
 
 class TrainingError(RuntimeError):
@@ -69,8 +72,17 @@ def train(path: str | Path, overrides: list[str] | tuple[str, ...] = (), resume:
     return stages[-1] / "export"
 
 
-def run_stage(run: configuration.RunConfig, folder: Path, earlier: dict[str, Path]) -> None:
-    """Train one stage to its end and export it under `folder/export`."""
+def run_stage(
+    run: configuration.RunConfig, folder: Path, earlier: dict[str, Path], measure: Measure | None = None
+) -> None:
+    """Train one stage to its end and export it under `folder/export`.
+
+    Args:
+        run: the stage.
+        folder: its own; a run that was stopped there goes on.
+        earlier: the folders of the stages before it, by name.
+        measure: called wherever the held-out loss is taken (`heldout_every`), on the main process.
+    """
     accelerator = Accelerator(
         mixed_precision=run.precision,
         gradient_accumulation_steps=run.accumulation,
@@ -85,7 +97,7 @@ def run_stage(run: configuration.RunConfig, folder: Path, earlier: dict[str, Pat
             (folder / "config.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
         accelerator.wait_for_everyone()
         task = find(run.task)(run, folder, earlier)
-        trainer = Trainer(run, folder, task, accelerator)
+        trainer = Trainer(run, folder, task, accelerator, measure)
         trainer.fit()
         if accelerator.is_main_process:
             trainer.export()
@@ -100,9 +112,15 @@ class Trainer:
     """The loop of one stage."""
 
     def __init__(
-        self, run: configuration.RunConfig, folder: Path, task: Task, accelerator: Accelerator
+        self,
+        run: configuration.RunConfig,
+        folder: Path,
+        task: Task,
+        accelerator: Accelerator,
+        measure: Measure | None = None,
     ) -> None:
         self.run, self.folder, self.task, self.accelerator = run, folder, task, accelerator
+        self.measure = measure
         self.names, self.parameters = _trainable(task)
         self.order = SampleOrder(task.sample_count, mix(run.seed, 7), task.sample_periods())
         self.model = accelerator.prepare(task)
@@ -113,7 +131,7 @@ class Trainer:
         apart = {id(parameter) for rate in own for parameter in rate.parameters}
         self.clipped = [parameter for parameter in self.parameters if id(parameter) not in apart]
         self.ema = (
-            EMAModel(self.parameters, decay=run.ema.decay, use_ema_warmup=run.ema.warmup, power=0.75)
+            WeightAverage(self.parameters, decay=run.ema.decay, use_ema_warmup=run.ema.warmup, power=0.75)
             if run.ema
             else None
         )
@@ -133,15 +151,16 @@ class Trainer:
             total=run.steps, initial=self.step, desc=run.name, unit="step",
             disable=not accelerator.is_main_process, mininterval=2.0,
         )  # fmt: skip
-        started, window = time.perf_counter(), 0
+        seconds, window = 0.0, 0  # of the training steps alone, without what is saved and drawn in between
         while self.step < run.steps:
+            started = time.perf_counter()
             losses = self._train_step()
+            seconds += time.perf_counter() - started
             window += 1
             bar.update()
             if self.step % run.log_every == 0 or self.step == run.steps:
-                seconds = (time.perf_counter() - started) / window
-                self._log(losses, seconds, bar)
-                started, window = time.perf_counter(), 0
+                self._log(losses, seconds / window, bar)
+                seconds, window = 0.0, 0
             at_end = self.step == run.steps
             if run.sample_every and (self.step % run.sample_every == 0 or at_end):
                 self._draw()
@@ -210,9 +229,11 @@ class Trainer:
 
     def _evaluate(self) -> None:
         with self._averaged():
-            losses = self.task.heldout_loss()
-        if losses:
-            self._record({f"heldout_{name}": value for name, value in losses.items()})
+            figures = {f"heldout_{name}": value for name, value in self.task.heldout_loss().items()}
+            if self.measure and self.accelerator.is_main_process:
+                figures |= self.measure(self.task, self.step)
+        if figures:
+            self._record(figures)
 
     def _draw(self) -> None:
         if not self.accelerator.is_main_process:
@@ -274,6 +295,7 @@ class Trainer:
     def _restore(self) -> None:
         saved = ckpt.newest(self.folder / "checkpoints")
         if saved is None:
+            self._forget_records_after(0)
             return
         if set(saved.tensors["model"]) != set(self.names):
             raise TrainingError(
@@ -286,6 +308,7 @@ class Trainer:
             zip(self.optimizers, saved.state["optimizers"], strict=True)
         ):
             optimizer.load_state_dict(ckpt.unpack_optimizer(saved.tensors[f"optimizer-{index}"], facts))
+            optimizers.lay_out_alike(optimizer)
         if self.ema:
             shadow = [saved.tensors["ema"][name].to(self.accelerator.device) for name in self.names]
             self.ema.load_state_dict({**saved.state["ema"], "shadow_params": shadow})

@@ -61,6 +61,7 @@ class Setting:
         facts: what is known of the training beside the network: "process", "classes", ...
         find: the folder of a model that a file names: an earlier stage's export, or a path.
         averages: whether the run keeps an average of the parameters (`ema`).
+        pictures: whether the pictures themselves are there (`TrainingStep.pictures`), not their latents only.
     """
 
     model: Any
@@ -69,6 +70,7 @@ class Setting:
     facts: Mapping[str, Any] = field(default_factory=dict)
     find: Callable[[str], Path] = model_folder
     averages: bool = True
+    pictures: bool = True
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,8 @@ class REPA(Objective):
 
     def __init__(self, options: Any, setting: Setting) -> None:
         super().__init__(options, setting)
+        if not setting.pictures:
+            raise ValueError("its teacher looks at the pictures, but the data are cached latents")
         names = [options.teacher] if isinstance(options.teacher, str) else options.teacher
         width = width_behind(setting.model, options.depth)
         self.teachers = nn.ModuleList(load_teacher(name, setting.find) for name in names)

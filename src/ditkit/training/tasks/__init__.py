@@ -11,11 +11,15 @@ _HOMES = {
     "autoencoder": "ditkit.training.tasks.autoencoder:AutoencoderTask",
     "text-encoders": "ditkit.training.tasks.text_encoders:TextEncodersTask",
     "text-to-image": "ditkit.training.tasks.text_to_image:TextToImageTask",
+    "text-conditional": "ditkit.training.tasks.text_conditional:TextConditionalTask",
     "video-autoencoder": "ditkit.training.tasks.video_autoencoder:VideoAutoencoderTask",
     "video-text-encoder": "ditkit.training.tasks.video_text_encoder:VideoTextEncoderTask",
     "text-to-video": "ditkit.training.tasks.text_to_video:TextToVideoTask",
     "teacher": "ditkit.training.tasks.teacher:TeacherTask",
     "class-to-image": "ditkit.training.tasks.class_to_image:ClassToImageTask",
+    "dynamic-autoencoder": "ditkit.training.tasks.dynamic_autoencoder:DynamicAutoencoderTask",
+    "grain": "ditkit.training.tasks.grain:GrainTask",
+    "dynamic-content": "ditkit.training.tasks.dynamic_content:DynamicContentTask",
 }
 
 

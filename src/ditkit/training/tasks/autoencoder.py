@@ -57,8 +57,10 @@ class AutoencoderTask(Task):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.pictures = open_pictures(self.run.data)
-        model = {"scaling_factor": 1.0, "shift_factor": 0.0, **self.options.model}
-        self.autoencoder = AutoencoderKL(**model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.autoencoder = self._build().to(memory_format=torch.channels_last)
+
+    def _build(self) -> Any:
+        return AutoencoderKL(**{"scaling_factor": 1.0, "shift_factor": 0.0, **self.options.model})
 
     @property
     def sample_count(self) -> int:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from ditkit.data.config import Section
+from ditkit.models import model_folder
 from ditkit.training.config import ConfigError, RunConfig
 from ditkit.training.optimizers import OwnRate
 from ditkit.training.order import BatchNoise
@@ -71,7 +72,7 @@ class Task(nn.Module):
             ValueError: there is neither.
         """
         folder = self.stage_folder(name) if name in self.earlier else Path(name)
-        if not (folder / "config.json").is_file():
+        if not (model_folder(folder) / "config.json").is_file():
             raise ValueError(f"no stage before this one and no model folder (config.json) is called {name!r}")
         return folder
 
@@ -103,3 +104,17 @@ class Task(nn.Module):
     def export(self, folder: Path) -> None:
         """Save what was trained in its public format (called with the averaged weights in place)."""
         raise NotImplementedError
+
+    def frozen(self, cls: Any, key: str) -> Any:
+        """The model of that class that the option `key` names, a stage or a folder, not to be trained.
+
+        Raises:
+            ConfigError: there is neither.
+        """
+        try:
+            folder = self.model_folder(getattr(self.options, key))
+        except ValueError as error:
+            raise ConfigError(f"{self.run.name}.task_options.{key}: {error}") from error
+        model = cls.from_pretrained(folder).requires_grad_(False).eval()
+        model.register_to_config(_name_or_path="")  # no folder of a run in what it exports
+        return model

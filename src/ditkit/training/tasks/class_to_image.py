@@ -1,9 +1,9 @@
 """Train a class-conditional architecture: Gaussian diffusion with learned variance, or flow matching.
 
-The network sees pixels (scaled to `pixels` a side) or the latents of an autoencoder: an earlier stage's name
-or a folder. Classes are the emoji groups, or the folders that the picture files lie in. It starts afresh, or
-from a trained network of another architecture (`inherit_from`). The file's `objective:` changes the loss. The
-export is the model's own folder (`save_pretrained`) with `process.json` beside it.
+The network sees pixels (scaled to `pixels` a side) or latents: of an autoencoder, an earlier stage's name or
+a folder, or cached ones (`data: {kind: latents}`). Classes are the emoji groups, or those of the data. It
+starts afresh, or from a trained network of another architecture (`inherit_from`). The file's `objective:`
+changes the loss. The export is a whole `ClassConditionalPipeline` folder with `process.json` in it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from ditkit.data.pictures import class_labels, grid, open_pictures, periods
+from ditkit.data.latents import LatentSet, open_samples
+from ditkit.data.pictures import class_labels, grid, periods
 from ditkit.models.building import DataShape, build
+from ditkit.pipelines.class_conditional import ClassConditionalPipeline
+from ditkit.pipelines.denoising import scheduler_for
 from ditkit.processes.gaussian import GaussianDiffusion
 from ditkit.processes.gaussian_sampling import trajectory
 from ditkit.processes.transport import Transport
@@ -31,7 +33,7 @@ from ditkit.training.objectives import Setting, TrainingStep
 from ditkit.training.optimizers import OwnRate
 from ditkit.training.order import BatchNoise, mix
 from ditkit.training.tasks.base import Task, TaskOptions
-from ditkit.training.tasks.latents import decode_pictures, encode_pictures
+from ditkit.training.tasks.latents import decode_pictures, network_samples
 
 
 class ClassToImageOptions(TaskOptions):
@@ -61,7 +63,9 @@ class ClassToImageTask(Task):
         options = self.options
         if options.pixels and options.autoencoder:
             raise ConfigError(f"{self.run.name}.task_options: pixels and autoencoder exclude each other")
-        self.pictures = open_pictures(self.run.data)
+        self.pictures = open_samples(self.run.data)
+        if options.pixels and isinstance(self.pictures, LatentSet):
+            raise ConfigError(f"{self.run.name}.task_options.pixels: the data are latents, not pixels")
         labels, self.classes = class_labels(self.pictures)
         self.autoencoder = self._open_autoencoder()
         self.register_buffer("samples", self._encode(self.pictures), persistent=False)  # (N, C, H, W)
@@ -100,8 +104,15 @@ class ClassToImageTask(Task):
         """What the network is always trained with, and what the file asks for."""
         chosen = {**self.model.objectives, **self.run.objective}
         facts = {"process": self.options.process, "classes": self.classes, "samples": len(self.pictures)}
-        averages = self.run.ema is not None
-        setting = Setting(self.model, self.process, self.run.batch_size, facts, self.model_folder, averages)
+        setting = Setting(
+            self.model,
+            self.process,
+            self.run.batch_size,
+            facts,
+            self.model_folder,
+            averages=self.run.ema is not None,
+            pictures=not isinstance(self.pictures, LatentSet),
+        )
         try:
             return objectives.create(chosen, setting)
         except ValueError as error:
@@ -109,32 +120,32 @@ class ClassToImageTask(Task):
 
     def _open_autoencoder(self) -> Any:
         name = self.options.autoencoder
-        if name is None:
+        if isinstance(self.pictures, LatentSet):
+            if name is not None:
+                raise ConfigError(
+                    f"{self.run.name}.task_options.autoencoder: cached latents bring their own; leave it out"
+                )
+            folder = self.pictures.autoencoder
+        elif name is None:
             return None
-        try:
-            folder = self.model_folder(name)
-        except ValueError as error:
-            raise ConfigError(f"{self.run.name}.task_options.autoencoder: {error}") from error
-        return AutoencoderKL.from_pretrained(folder).requires_grad_(False)
+        else:
+            try:
+                folder = self.model_folder(name)
+            except ValueError as error:
+                raise ConfigError(f"{self.run.name}.task_options.autoencoder: {error}") from error
+        autoencoder: Any = AutoencoderKL.from_pretrained(folder)
+        autoencoder.register_to_config(_name_or_path="")  # no folder of a run in what it exports
+        return autoencoder.requires_grad_(False)
 
-    @torch.no_grad()
     def _encode(self, pictures: Any) -> torch.Tensor:
-        parts = []
-        for chunk in torch.arange(len(pictures)).split(64):
-            images = pictures.images(chunk.numpy())
-            if self.autoencoder is not None:
-                images = encode_pictures(self.autoencoder, images)
-            elif self.options.pixels:
-                images = F.interpolate(images, size=self.options.pixels, mode="area")
-            parts.append(images)
-        return torch.cat(parts)
+        return network_samples(pictures, self.autoencoder, self.options.pixels)
 
     @property
     def sample_count(self) -> int:
         return len(self.pictures)
 
     def sample_periods(self) -> list[int] | None:
-        return periods(self.run.data, self.pictures)
+        return None if isinstance(self.pictures, LatentSet) else periods(self.run.data, self.pictures)
 
     def own_rates(self) -> list[OwnRate]:
         return self.objectives.own_rates()
@@ -212,23 +223,31 @@ class ClassToImageTask(Task):
             draws=noise,
         )
 
-    def heldout_loss(self) -> dict[str, float]:
-        """The process's losses, without objectives, so that runs can be compared."""
-        pictures = open_pictures(self.run.data, "heldout")
+    def heldout_loss(self, seed: int | None = None) -> dict[str, float]:
+        """The process's losses, without objectives, so that runs can be compared.
+
+        Args:
+            seed: of the noise; None: the run's own.
+        """
+        pictures = open_samples(self.run.data, "heldout")
         labels = class_labels(pictures, self.classes)[0].to(self.samples.device)
         rows = torch.arange(len(pictures))
-        noise = BatchNoise(self.run.seed, 0, len(pictures), rows, self.samples.device)
-        clean = self._encode(pictures)
+        seed = self.run.seed if seed is None else seed
+        noise = BatchNoise(seed, 0, len(pictures), rows, self.samples.device)
+        clean = self._encode(pictures).to(self.samples.device)
         epsilon, uniform = noise.normal(*clean.shape[1:]), noise.uniform()
         losses = self._step(clean, labels, epsilon, uniform, noise).losses
         return {name: float(value.mean()) for name, value in losses.items()}
 
     def draw(self) -> Image.Image:
         """One row of eight for each of the first eight classes, without guidance."""
-        device = self.samples.device
-        classes = torch.arange(min(8, len(self.classes)), device=device).repeat_interleave(8)
-        generator = torch.Generator().manual_seed(mix(self.run.seed, 3))
-        start = torch.randn(len(classes), *self.samples.shape[1:], generator=generator).to(device)
+        classes = torch.arange(min(8, len(self.classes))).repeat_interleave(8)
+        return grid(self.sample(classes, torch.Generator().manual_seed(mix(self.run.seed, 3))), columns=8)
+
+    def sample(self, classes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Pictures (B, 3, h, w) in [-1, 1] of classes (B,), without guidance; the noise is `generator`'s."""
+        start = torch.randn(len(classes), *self.samples.shape[1:], generator=generator)
+        start, classes = start.to(self.samples.device), classes.to(self.samples.device)
 
         def network(state: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return self.model(state, t, classes, return_dict=False)[0].float()
@@ -242,10 +261,14 @@ class ClassToImageTask(Task):
             )[-1]
         if self.autoencoder is not None:
             images = decode_pictures(self.autoencoder, images)
-        return grid(images, columns=8)
+        return images
 
     def export(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
+        learned = self.model.predicted_channels > self.model.in_channels
+        scheduler = scheduler_for(self.options.process, learned, clip=self.autoencoder is None)
+        names = self.classes if len(self.classes) == self.model.y_embedder.num_classes else None
+        pipe = ClassConditionalPipeline(self.model, scheduler, self.autoencoder, names)
+        pipe.save_pretrained(folder)
         facts = {
             "process": self.options.process,
             "classes": self.classes,

@@ -1,6 +1,7 @@
 """Between pixels and the standardised latents that a transformer sees.
 
-Legend: B pictures or clips, C latent channels, F latent frames, H, W latent height and width.
+Legend: N pictures in all, B pictures or clips, C latent channels, F latent frames, H, W latent height and
+width.
 """
 
 from __future__ import annotations
@@ -8,6 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+
+from ditkit.data.latents import LatentSet
 
 
 @torch.no_grad()
@@ -23,6 +27,28 @@ def decode_pictures(autoencoder: Any, latents: torch.Tensor) -> torch.Tensor:
     """The inverse of `encode_pictures`."""
     config = autoencoder.config
     return autoencoder.decode(latents / config.scaling_factor + (config.shift_factor or 0.0)).sample
+
+
+@torch.no_grad()
+def network_samples(pictures: Any, autoencoder: Any = None, pixels: int | None = None) -> torch.Tensor:
+    """All samples as a network sees them, (N, C, H, W).
+
+    Args:
+        pictures: cached latents, which are taken as they are, or pictures.
+        autoencoder: encodes pictures; None: the network sees pixels.
+        pixels: scale pictures to that many a side; None: as they are.
+    """
+    if isinstance(pictures, LatentSet):
+        return pictures.latents()
+    parts = []
+    for chunk in torch.arange(len(pictures)).split(64):
+        images = pictures.images(chunk.numpy())
+        if autoencoder is not None:
+            images = encode_pictures(autoencoder, images)
+        elif pixels:
+            images = F.interpolate(images, size=pixels, mode="area")
+        parts.append(images)
+    return torch.cat(parts)
 
 
 @torch.no_grad()

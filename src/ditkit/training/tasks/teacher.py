@@ -1,9 +1,9 @@
 """Train a small vision transformer on the words of captions, as a teacher for `repa` and `haste`.
 
 A transformers `ViTModel`. The mean of its patch tokens tells, by one linear layer, which words the caption
-of a picture has, and its class (the emoji group, or the folder of a picture file): every patch is asked to
-know something of what it shows. Pictures are moved and scaled a little, so that it does not learn them by
-heart. The export is the model's own folder, without the linear layer; `labels.json` lists the words.
+of a picture has, and its class where the data has classes: every patch is asked to know something of what it
+shows. Pictures are moved and scaled a little, so that it does not learn them by
+heart. The export is the model's own folder, without the linear layer; `labels.json` lists the labels.
 
 Dimensions: B pictures of H x W pixels, T patches, D width, K labels.
 """
@@ -22,15 +22,15 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
-from ditkit.data.pictures import class_labels, open_pictures, periods
+from ditkit.data.pictures import open_pictures, periods
 from ditkit.training.config import ConfigError
 from ditkit.training.order import BatchNoise
 from ditkit.training.tasks.base import Task, TaskOptions
 
 
 class TeacherOptions(TaskOptions):
-    """`model`: of `ViTConfig`; its image_size is the pictures'. `least`: in how many captions a word must be
-    to be a label. `move`: a picture is shifted by at most this share of its side, and scaled by as much."""
+    """`model`: of `ViTConfig`; its image_size is the pictures'. `least`: in how many pictures a word or class must
+    be to be a label. `move`: a picture is shifted by at most this share of its side, and scaled by as much."""
 
     model: dict[str, Any] = {}
     least: int = Field(default=10, ge=1)
@@ -40,6 +40,14 @@ class TeacherOptions(TaskOptions):
 def words_of(caption: str) -> set[str]:
     """Words of three letters or more."""
     return set(re.findall(r"[a-z]{3,}", caption.lower()))
+
+
+def _labels_of(pictures: Any) -> list[set[str]]:
+    """The words of each picture's caption and its class, where it has one."""
+    return [
+        words_of(caption) | (set() if name is None else {f"class {name}"})
+        for caption, name in zip(pictures.captions, pictures.classes, strict=True)
+    ]
 
 
 def moved(images: Tensor, draws: Tensor, most: float) -> Tensor:
@@ -58,9 +66,13 @@ class TeacherTask(Task):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.pictures = open_pictures(self.run.data)
-        _, self.classes = class_labels(self.pictures)
-        counts = Counter(word for caption in self.pictures.captions for word in words_of(caption))
-        self.words = sorted(word for word, count in counts.items() if count >= self.options.least)
+        counts = Counter(label for labels in _labels_of(self.pictures) for label in labels)
+        self.names = sorted(name for name, count in counts.items() if count >= self.options.least)
+        if not self.names:
+            raise ConfigError(
+                f"{self.run.name}.task_options.least: no word of a caption and no class has "
+                f"{self.options.least} pictures"
+            )
         self.register_buffer("labels", self._labels(self.pictures), persistent=False)  # (N, K)
         where = f"{self.run.name}.task_options.model"
         sizes = {"image_size": self.run.data.size, "num_channels": 3, **self.options.model}
@@ -73,14 +85,9 @@ class TeacherTask(Task):
         self.head = nn.Linear(self.network.config.hidden_size, self.labels.shape[1])
 
     def _labels(self, pictures: Any) -> Tensor:
-        """1 for the class of each picture and the words of its caption, (N, K)."""
-        classes = F.one_hot(class_labels(pictures, self.classes)[0], len(self.classes))
-        rows = []
-        for caption in pictures.captions:
-            there = words_of(caption)
-            rows.append([word in there for word in self.words])
-        words = torch.tensor(rows, dtype=torch.bool).reshape(len(pictures), len(self.words))
-        return torch.cat([classes.bool(), words], dim=1).float()
+        """1 for the labels that each picture has, (N, K)."""
+        rows = [[name in there for name in self.names] for there in _labels_of(pictures)]
+        return torch.tensor(rows, dtype=torch.float32)
 
     @property
     def sample_count(self) -> int:
@@ -120,4 +127,4 @@ class TeacherTask(Task):
         size = {"height": self.run.data.size, "width": self.run.data.size}
         facts = {**pixels, "size": size, "rescale_factor": 1 / 255}
         (folder / "preprocessor_config.json").write_text(json.dumps(facts, indent=2) + "\n")
-        (folder / "labels.json").write_text(json.dumps([*self.classes, *self.words], indent=2) + "\n")
+        (folder / "labels.json").write_text(json.dumps(self.names, indent=2) + "\n")

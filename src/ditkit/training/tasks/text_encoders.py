@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from ditkit.data.pictures import open_pictures, periods
+from ditkit.data.pictures import need_captions, open_pictures, periods
 from ditkit.data.words import END, PAD, word_tokenizer
 from ditkit.training.order import BatchNoise
 from ditkit.training.tasks.base import Task, TaskOptions
@@ -63,7 +63,7 @@ class TextEncodersTask(Task):
         super().__init__(*arguments)
         options = self.options
         self.pictures = open_pictures(self.run.data)
-        self.tokenizer = word_tokenizer(self.pictures.captions, options.max_length)
+        self.tokenizer = word_tokenizer(need_captions(self.pictures), options.max_length)
         ids: Any = self.tokenizer.convert_tokens_to_ids
         shared: dict[str, Any] = {
             "vocab_size": len(self.tokenizer),

@@ -1,0 +1,105 @@
+"""A folder of picture files: classes from sub-folders, captions from a metadata file or from text files.
+
+The metadata file is that of Hugging Face's imagefolder: `metadata.jsonl` or `metadata.csv` with the column
+`file_name`, relative to where it lies, and columns for the text and the class.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ditkit.data.records import SUFFIXES, Record, Records, log, name_as_text
+
+METADATA = ("metadata.jsonl", "metadata.csv")
+
+
+def folder_records(folder: Path, text_column: str | None = None, label_column: str | None = None) -> Records:
+    """All pictures under a folder, sorted by path.
+
+    A picture's caption is that of its metadata row, else the text of the `.txt` file beside it, else its file
+    name. Its class is that of its metadata row where `label_column` names one, else the folder it lies in.
+
+    Args:
+        folder: where to look, at any depth.
+        text_column: of the metadata; None: "text".
+        label_column: of the metadata; None: the class is the folder.
+
+    Raises:
+        FileNotFoundError: no such folder, or no picture in it.
+        ValueError: a metadata file that can't be read, with the line.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder of pictures at {folder}")
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not files:
+        raise FileNotFoundError(f"no pictures ({', '.join(SUFFIXES)}) under {folder}")
+    rows = _metadata(folder, label_column)
+    if missing := sorted(str(path) for path in set(rows) - set(files)):
+        log.warning("metadata names %d files that are not there: %s", len(missing), "; ".join(missing[:5]))
+    return Records([_record(file, folder, rows.get(file, {}), text_column, label_column) for file in files])
+
+
+def _record(
+    file: Path, folder: Path, row: dict[str, Any], text_column: str | None, label_column: str | None
+) -> Record:
+    caption = row.get(text_column or "text")
+    if caption is None:
+        beside = file.with_suffix(".txt")
+        caption = beside.read_text(encoding="utf-8") if beside.is_file() else name_as_text(file.name)
+    label = row.get(label_column) if label_column else None
+    name = file.relative_to(folder).as_posix()
+    return Record(
+        name,
+        str(caption).strip(),
+        file.parent.name if label is None else str(label),
+        partial(file.open, "rb"),
+    )
+
+
+def _metadata(folder: Path, label_column: str | None) -> dict[Path, dict[str, Any]]:
+    """The rows of all metadata files, by the picture they tell of."""
+    found: dict[Path, dict[str, Any]] = {}
+    for file in sorted(path for name in METADATA for path in folder.rglob(name)):
+        read = _read_jsonl if file.suffix == ".jsonl" else _read_csv
+        for line, row in read(file):
+            if not row.get("file_name"):
+                raise ValueError(
+                    f"{file}, line {line}: no file_name; it has {', '.join(map(str, row)) or 'nothing'}"
+                )
+            if label_column and label_column not in row:
+                raise ValueError(
+                    f"{file}, line {line}: no column {label_column!r} (data.label_column); "
+                    f"it has {', '.join(map(str, row))}"
+                )
+            found[file.parent / str(row["file_name"])] = row
+    if label_column and not found:
+        raise ValueError(
+            f"data.label_column={label_column!r}: there is no {' or '.join(METADATA)} under {folder}; "
+            "without it classes are the sub-folders"
+        )
+    return found
+
+
+def _read_jsonl(file: Path) -> list[tuple[int, dict[str, Any]]]:
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {number}: no JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{file}, line {number}: expected an object, got {type(row).__name__}")
+        rows.append((number, row))
+    return rows
+
+
+def _read_csv(file: Path) -> list[tuple[int, dict[str, Any]]]:
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream)
+        return [(reader.line_num, row) for row in reader]
