@@ -29,8 +29,9 @@ from ditkit.training.tasks.base import Task, TaskOptions
 
 
 class TeacherOptions(TaskOptions):
-    """`model`: of `ViTConfig`; its image_size is the pictures'. `least`: in how many pictures a word or class must
-    be to be a label. `move`: a picture is shifted by at most this share of its side, and scaled by as much."""
+    """`model`: of `ViTConfig`; its image_size is the pictures'. `least`: in how many pictures a word or class
+    must be to be a label. `move`: a picture is shifted by at most this share of its side, and scaled by as
+    much."""
 
     model: dict[str, Any] = {}
     least: int = Field(default=10, ge=1)
@@ -52,9 +53,10 @@ def _labels_of(pictures: Any) -> list[set[str]]:
 
 def moved(images: Tensor, draws: Tensor, most: float) -> Tensor:
     """Pictures (B, 3, H, W), each shifted and scaled by three numbers (B, 3) in [0, 1)."""
-    by = (2 * draws - 1) * most  # (B, 3): right, down, larger
+    by = (2 * draws - 1) * most  # (B, 3): shares of the side left, up, and larger
     scale, zero = 1 - by[:, 2], torch.zeros_like(by[:, 0])
-    rows = [torch.stack([scale, zero, by[:, 0]], 1), torch.stack([zero, scale, by[:, 1]], 1)]
+    # Places run from -1 to 1 over a side.
+    rows = [torch.stack([scale, zero, 2 * by[:, 0]], 1), torch.stack([zero, scale, 2 * by[:, 1]], 1)]
     places = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
     return F.grid_sample(images, places, padding_mode="border", align_corners=False)
 
