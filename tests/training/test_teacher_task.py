@@ -90,5 +90,5 @@ def test_one_file_trains_teacher_and_student(training_file, tmp_path) -> None:
     aligned, stopped = records(tmp_path / "both")
     assert aligned["alignment"] != 0 and aligned["attention_alignment"] > 0
     assert stopped["alignment"] == 0 and "attention_alignment" not in stopped
-    exported = load_file(tmp_path / "both/tiny/export/diffusion_pytorch_model.safetensors")
+    exported = load_file(tmp_path / "both/tiny/export/transformer/diffusion_pytorch_model.safetensors")
     assert not any("projector" in name or "teacher" in name for name in exported)

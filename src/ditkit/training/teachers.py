@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import MODEL_MAPPING, AutoConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
 Grid = tuple[int, int]
@@ -142,9 +142,13 @@ def load_teacher(name: str, find: Callable[[str], Path] = Path) -> Teacher:
             raise ValueError(f"teacher: {error}, and it is no repository owner/name of the hub") from error
         source = name
     config = AutoConfig.from_pretrained(source)
-    network = AutoModel.from_pretrained(
-        source, config=config, use_safetensors=True, attn_implementation="eager", dtype=torch.float32
-    )
+    if type(config) not in MODEL_MAPPING:
+        raise ValueError(f"teacher: a {type(config).__name__} is of no vision transformer")
+    kind: Any = MODEL_MAPPING[type(config)]
+    options: dict[str, Any] = {"attn_implementation": "eager", "dtype": torch.float32}
+    if "add_pooling_layer" in inspect.signature(kind.__init__).parameters:
+        options["add_pooling_layer"] = False  # its output is not read, and not every checkpoint has it
+    network = kind.from_pretrained(source, config=config, use_safetensors=True, **options)
     facts = _preprocessing(source)
     return Teacher(network, facts.get("image_mean") or [0.5] * 3, facts.get("image_std") or [0.5] * 3)
 

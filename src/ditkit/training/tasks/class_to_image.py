@@ -158,7 +158,8 @@ class ClassToImageTask(Task):
             step = self._step(self.samples[indices], self.labels[indices], epsilon, uniform, noise)
 
         def pictures() -> torch.Tensor:
-            return self.pictures.images(indices.cpu().numpy()).to(epsilon.device)
+            source: Any = self.pictures  # cached latents have none, see `Setting.pictures`
+            return source.images(indices.cpu().numpy()).to(epsilon.device)
 
         seen = {"inside": inside, "pictures": pictures, "averaged": self._averaged_network}
         return self.objectives(dataclasses.replace(step, **seen))
