@@ -56,6 +56,9 @@ def lamamba_runs(side: int, width: int = 384, heads: int = 6) -> Runs:
         state: LaMambaBlock(width, None, heads, (8, 8), True, 4.0, {**ssm, "state": state})
         for state in (1, 16)
     }
+    for block in blocks.values():
+        for parameter in block.parameters():  # a lone block is not initialised
+            torch.nn.init.normal_(parameter, std=0.02)
     dense = DiTBlock(width, heads, 4.0)
     return {
         **{f"state {n}": lambda block=block: block(maps, condition) for n, block in blocks.items()},
