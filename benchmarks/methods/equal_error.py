@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import random
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -422,14 +423,17 @@ def main() -> None:
         pipe.set_progress_bar_config(disable=True)
         more, figures[str(steps)] = compare(pipe, steps, options)
         claims += more
-        write(
-            options.json,
-            claims,
-            machine(pipe),
-            model=options.model,
-            cache_dit=peers.has_cache_dit(),
-            figures=figures,
-        )
+        settings = {"prompts": options.prompts, "grid": options.grid, "peers": options.peers}
+        found = {"claims": [asdict(claim) for claim in claims], "settings": settings, "figures": figures}
+        keep(options.json, options.model, found, machine(pipe))
+
+
+def keep(path: Path, model: str, found: dict[str, Any], on: dict[str, Any]) -> None:
+    """Write what was found for a model, beside what the file has for others."""
+    known = json.loads(path.read_text(encoding="utf-8"))["models"] if path.is_file() else {}
+    models = dict(sorted({**known, model: found}.items()))
+    claims = [Claim(**claim) for each in models.values() for claim in each["claims"]]
+    write(path, claims, on, cache_dit=peers.has_cache_dit(), models=models)
 
 
 if __name__ == "__main__":

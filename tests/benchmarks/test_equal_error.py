@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -107,3 +108,23 @@ def test_a_pair_that_works(together: float, holds: bool) -> None:
     (claim,) = pairs.claims(single, {("a", "b"): found}, 2.0, "here")
     assert claim.holds == holds
     assert "time 0.25 of dense (alone 0.50 and 0.50)" in claim.measured
+
+
+def test_models_stand_side_by_side_in_one_file(tmp_path) -> None:
+    path = tmp_path / "found.json"
+    claims = {
+        name: {
+            "system": "s",
+            "claim": f"{name} is fast",
+            "source": "us",
+            "measured": "1",
+            "holds": True,
+            "limit": "",
+        }
+        for name in ("a", "b", "again")
+    }
+    for model, name in (("one", "a"), ("other", "b"), ("one", "again")):
+        equal_error.keep(path, model, {"claims": [claims[name]], "figures": {}}, {"threads": 1})
+    found = json.loads(path.read_text())
+    assert [claim["claim"] for claim in found["claims"]] == ["again is fast", "b is fast"]
+    assert set(found["models"]) == {"one", "other"}
