@@ -320,6 +320,8 @@ def work_claims(found: dict[str, list[Entry]], where: str) -> list[Claim]:
         gains = []
         for entry in front:
             error = plain_error(plain, entry.flops)
+            if error is None and plain and entry.flops > plain[-1].flops and entry.error >= plain[-1].error:
+                error = plain[-1].error  # even plain sampling with fewer FLOPs is nearer
             if error is not None:
                 gains.append((error / entry.error, entry, error))
         if not gains:
@@ -340,7 +342,9 @@ def work_claims(found: dict[str, list[Entry]], where: str) -> list[Claim]:
 
 
 def plain_error(plain: Sequence[Entry], flops: float) -> float | None:
-    """Plain sampling's error at so many FLOPs, between two numbers of steps."""
+    """Plain sampling's error at so many FLOPs, between two numbers of steps; none at those of dense."""
+    if flops >= 1:
+        return 0.0
     for less, more in itertools.pairwise(plain):
         if less.flops <= flops <= more.flops:
             share = (flops - less.flops) / (more.flops - less.flops)

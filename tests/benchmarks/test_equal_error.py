@@ -53,6 +53,12 @@ def test_plain_sampling_at_equal_flops() -> None:
     plain = [entry("plain sampling", "plain", f, e, f) for f, e in ((0.2, 0.1), (0.4, 0.01))]
     assert equal_error.plain_error(plain, 0.3) == pytest.approx(math.sqrt(0.1 * 0.01))
     assert equal_error.plain_error(plain, 0.5) is None
+    assert equal_error.plain_error(plain, 1.0) == 0
+    worse, better = (entry("x", "ours", 0.5, e, 0.7) for e in (0.02, 0.001))
+    (claim,) = equal_error.work_claims(
+        {"plain sampling": plain, "worse": [worse], "better": [better]}, "here"
+    )
+    assert claim.system == "worse" and not claim.holds
     good, bad = (entry(n, "ours", 0.5, e, 0.3) for n, e in (("good", 0.005), ("bad", 0.05)))
     claims = equal_error.work_claims({"plain sampling": plain, "good": [good], "bad": [bad]}, "here")
     assert {claim.system: claim.holds for claim in claims} == {"good": True, "bad": False}
