@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from ditkit import models
 from ditkit.models.dit import DiT, SiT
 from ditkit.pipelines.class_conditional import ClassConditionalPipeline
 from ditkit.processes import GaussianDiffusion, Transport
@@ -244,3 +247,18 @@ def test_saved_and_loaded(cls: type[DiT], tmp_path: Path) -> None:
     loaded.set_progress_bar_config(disable=True)
     assert type(loaded.transformer) is cls and type(loaded.scheduler) is type(pipe.scheduler)
     assert torch.equal(latents(loaded), latents(pipe))
+
+
+@pytest.mark.parametrize("way", ["load(folder)", "ClassConditionalPipeline.from_pretrained(folder)"])
+def test_any_architecture_is_loaded_where_nothing_is_imported_yet(way: str, tmp_path: Path) -> None:
+    dico = models.create("dico", input_size=8, in_channels=3, hidden_size=16, depth=(1, 1, 1, 1, 1))
+    pipeline(dico).save_pretrained(tmp_path)
+    code = (
+        "import sys; from ditkit import load; folder = sys.argv[1]\n"
+        "from ditkit.pipelines.class_conditional import ClassConditionalPipeline\n"
+        f"print(type({way}.transformer).__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == "DiCo", done.stderr

@@ -20,6 +20,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from ditkit import registry
 from ditkit.models.base import ClassConditionalModel
 from ditkit.models.dit import SiT
 from ditkit.models.guidance import GuidedChannels, guide, guided_channels
@@ -61,6 +62,12 @@ class DenoisingPipeline(DiffusionPipeline):
     transformer: ClassConditionalModel
     scheduler: Any
     vae: Any
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """A pipeline from a folder, as diffusers does it, whatever its transformer's architecture."""
+        registry.entries("model")  # diffusers loads no class whose module is not imported yet
+        return super().from_pretrained(*args, **kwargs)
 
     def _hold(self, transformer: ClassConditionalModel, scheduler: Any, vae: Any, **more: Any) -> None:
         """Take the parts on; what a subclass's constructor calls first."""
