@@ -152,6 +152,14 @@ def test_another_search_in_the_same_folder_is_refused(pipe, steady, tmp_path: Pa
         tune(pipe, 0.15, tmp_path, trials=1, **{**ASKED, "sampling": Sampling(steps=9)})
 
 
+def test_other_choices_than_a_study_began_with_are_refused(pipe, steady, tmp_path: Path, monkeypatch) -> None:
+    """As after a new version of a method: optuna can't go on among other values."""
+    tune(pipe, 0.15, tmp_path, trials=1, **ASKED)
+    monkeypatch.setattr(module, "_choices", lambda methods: {"taylorseer": {"interval": "2 to 3"}})
+    with pytest.raises(TuneError, match=r"its options is .*Use another folder"):
+        tune(pipe, 0.15, tmp_path, trials=2, **ASKED)
+
+
 def test_dense_when_nothing_keeps_the_budget(pipe, steady, tmp_path: Path) -> None:
     result = tune(pipe, 1e-9, tmp_path, trials=3, **ASKED)
     assert result.chosen is None

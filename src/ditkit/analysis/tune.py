@@ -12,12 +12,14 @@ import json
 import math
 import os
 import statistics
+import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ditkit import registry
 from ditkit.analysis import contestants as who
 from ditkit.analysis.bench import CLIP_PROMPTS, PROMPTS, Judge, Progress, bench, pipeline_of
 from ditkit.analysis.explain import PipelineCost, expect, measure
@@ -25,7 +27,7 @@ from ditkit.analysis.metrics import relative_l2_each
 from ditkit.analysis.result import BenchResult
 from ditkit.analysis.sampling import Sample, Sampling, draws_clips, sample
 from ditkit.analysis.selection import Outcome, choose, pareto, shortlist
-from ditkit.analysis.space import Space, space_for
+from ditkit.analysis.space import Space, search_of, space_for
 from ditkit.files import write_text
 from ditkit.recipes import Measured, ModelName, Recipe, Settings, class_name
 from ditkit.seams.anatomy import describe
@@ -192,6 +194,7 @@ def tune(
         "size": list(sampling.size) if sampling.size else None,
         "seed": sampling.seed,
         "weights": {key: str(folder) for key, folder in (weights or {}).items()},
+        "options": _choices(methods),
     }
     describe(getattr(pipe.transformer, "_orig_mod", pipe.transformer))  # refuses a class before any work
     study = _study(out, facts, sampling.seed)
@@ -207,6 +210,12 @@ def tune(
         _validate(result, pipe, heldout, sampling, batch, repeats, cost, name, judge, progress)
         _write(result, out, pipe, name, sampling)
     return result
+
+
+def _choices(methods: Sequence[str] | None) -> dict[str, dict[str, str]]:
+    """What is tried of each method's options: a study goes on only among the choices it began with."""
+    entries = [registry.get("method", name) for name in methods or registry.entries("method")]
+    return {entry.name: {option: str(way) for option, way in search_of(entry).items()} for entry in entries}
 
 
 def split(prompts: Sequence[str] | None, clips: bool = False) -> tuple[list[str], list[str]]:
@@ -271,11 +280,12 @@ def _study(out: Path, facts: Mapping[str, Any], seed: int) -> Any:
         study_name="tune", storage=storage, directions=["minimize", "minimize"], load_if_exists=True
     )
     known = study.user_attrs
-    differing = [key for key, value in facts.items() if key in known and known[key] != value]
+    differing = [key for key, value in facts.items() if known and known.get(key) != value]
     if differing:
         key = differing[0]
+        then, now = (textwrap.shorten(repr(value), 120) for value in (known.get(key), facts[key]))
         raise TuneError(
-            f"{out / STUDY} is of another search: its {key} is {known[key]!r}, now it is {facts[key]!r}. "
+            f"{out / STUDY} is of another search: its {key} is {then}, now it is {now}. "
             "Use another folder, or remove that file"
         )
     for key, value in facts.items():
