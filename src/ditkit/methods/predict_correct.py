@@ -182,8 +182,8 @@ class _Outputs(OutputCache):
             self._uncorrected |= step.euler_to is None
             if step.euler_to is not None:
                 track.skipped.append((x, step.euler_to - x))
-        # A lone value comes as it is kept, and the pipeline may write to what it gets.
         forecast = forecast.to(track.dtype)
+        # A lone value comes as it is kept, and the pipeline may write to what it gets.
         return forecast.clone() if forecast is track.series.factors[0] else forecast
 
     def notes(self) -> list[str]:

@@ -52,7 +52,7 @@ _RESETS_OF_30 = (12, 22)
     paper=Paper("Region-Adaptive Sampling for Diffusion Transformers", "2502.10389", 2025),
     seam=("tokens", "attention"),
     # Re-ttention keeps ratios and residuals for a batch as a whole, whose samples run on tokens of their own
-    # here; a forecast of the output would continue tokens that did not run.
+    # here.
     conflicts=("re-ttention",),
     neutral={"sample_ratio": 1.0},
 )

@@ -115,6 +115,11 @@ class Task(nn.Module):
             folder = self.model_folder(getattr(self.options, key))
         except ValueError as error:
             raise ConfigError(f"{self.run.name}.task_options.{key}: {error}") from error
-        model = cls.from_pretrained(folder).requires_grad_(False).eval()
-        model.register_to_config(_name_or_path="")  # no folder of a run in what it exports
-        return model
+        return load_frozen(cls, folder)
+
+
+def load_frozen(cls: Any, folder: Path) -> Any:
+    """The model of that class in a folder, not to be trained."""
+    model = cls.from_pretrained(folder).requires_grad_(False).eval()
+    model.register_to_config(_name_or_path="")  # no folder of a run in what it exports
+    return model

@@ -32,7 +32,7 @@ from ditkit.training.config import ConfigError
 from ditkit.training.objectives import Setting, TrainingStep
 from ditkit.training.optimizers import OwnRate
 from ditkit.training.order import BatchNoise, mix
-from ditkit.training.tasks.base import Task, TaskOptions
+from ditkit.training.tasks.base import Task, TaskOptions, load_frozen
 from ditkit.training.tasks.latents import decode_pictures, network_samples
 
 
@@ -119,23 +119,13 @@ class ClassToImageTask(Task):
             raise ConfigError(f"{self.run.name}.objective: {error}") from error
 
     def _open_autoencoder(self) -> Any:
-        name = self.options.autoencoder
         if isinstance(self.pictures, LatentSet):
-            if name is not None:
+            if self.options.autoencoder is not None:
                 raise ConfigError(
                     f"{self.run.name}.task_options.autoencoder: cached latents bring their own; leave it out"
                 )
-            folder = self.pictures.autoencoder
-        elif name is None:
-            return None
-        else:
-            try:
-                folder = self.model_folder(name)
-            except ValueError as error:
-                raise ConfigError(f"{self.run.name}.task_options.autoencoder: {error}") from error
-        autoencoder: Any = AutoencoderKL.from_pretrained(folder)
-        autoencoder.register_to_config(_name_or_path="")  # no folder of a run in what it exports
-        return autoencoder.requires_grad_(False)
+            return load_frozen(AutoencoderKL, self.pictures.autoencoder)
+        return None if self.options.autoencoder is None else self.frozen(AutoencoderKL, "autoencoder")
 
     def _encode(self, pictures: Any) -> torch.Tensor:
         return network_samples(pictures, self.autoencoder, self.options.pixels)

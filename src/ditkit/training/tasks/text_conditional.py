@@ -27,7 +27,7 @@ from ditkit.processes.gaussian import GaussianDiffusion
 from ditkit.processes.transport import Transport
 from ditkit.training.config import ConfigError
 from ditkit.training.order import BatchNoise
-from ditkit.training.tasks.base import Task, TaskOptions
+from ditkit.training.tasks.base import Task, TaskOptions, load_frozen
 from ditkit.training.tasks.latents import network_samples
 
 ENCODERS: dict[str, tuple[str, Any]] = {
@@ -124,10 +124,7 @@ class TextConditionalTask(Task):
             )
         if cached is None and options.autoencoder is None:
             return None
-        folder = cached or self._folder("autoencoder", "config.json")
-        autoencoder: Any = AutoencoderKL.from_pretrained(folder)
-        autoencoder.register_to_config(_name_or_path="")  # no folder of a run in what it exports
-        return autoencoder.requires_grad_(False)
+        return load_frozen(AutoencoderKL, cached or self._folder("autoencoder", "config.json"))
 
     def _tokenize(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens and masks (N, T), padded to the tokenizer's own length."""
