@@ -1,6 +1,5 @@
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -166,19 +165,6 @@ def test_learning_rate_schedules(training_file):
 
 
 RUN = "import sys; from ditkit.training.trainer import train; train(sys.argv[1], resume=True)"
-
-
-def test_two_processes_equal_one(training_file, tmp_path):
-    train(training_file("one"))
-    path = training_file("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29511"]
-    script = tmp_path / "run.py"
-    script.write_text(RUN)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run([*command, str(script), str(path)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for (_, a), (_, b) in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
-        assert abs(a - b) <= 1e-6 * max(1, abs(a))
 
 
 def test_kill_nine_loses_only_the_steps_since_the_checkpoint(training_file, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -31,4 +32,5 @@ def train(
     from ditkit.training.trainer import train as run
 
     exported = run(config, tuple(overrides or ()), resume)
-    listed([exported])
+    if os.environ.get("RANK", "0") == "0":  # of the processes of one launch, the first one answers
+        listed([exported])

@@ -17,7 +17,21 @@ from ditkit.models.guidance import GuidedChannels, guide, guided_channels
 ProcessName = Literal["gaussian", "flow"]
 
 
-class ClassConditionalModel(ModelMixin, ConfigMixin, CacheMixin):
+class Recomputing:
+    """A network that may compute its blocks again in the backward pass: diffusers' gradient checkpointing."""
+
+    _supports_gradient_checkpointing = True
+    gradient_checkpointing: bool = False
+
+    def run(self, block: nn.Module, *arguments: Any) -> Tensor:
+        """The block's output; recomputed in the backward pass when checkpointing is on."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            checkpoint: Any = self._gradient_checkpointing_func  # set by enable_gradient_checkpointing
+            return checkpoint(block, *arguments)
+        return block(*arguments)
+
+
+class ClassConditionalModel(Recomputing, ModelMixin, ConfigMixin, CacheMixin):
     """A network `(latent (B, C, H, W), times (B,), labels (B,)) -> prediction (B, C_out, H, W)`.
 
     A subclass sets `in_channels`, `out_channels`, `latent_size`, `side_multiple` and `y_embedder`, and
@@ -30,7 +44,6 @@ class ClassConditionalModel(ModelMixin, ConfigMixin, CacheMixin):
         objectives: what the trainer always trains it with, by name, with options.
     """
 
-    _supports_gradient_checkpointing = True
     authors_guidance: ClassVar[GuidedChannels] = 3
     objectives: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     in_channels: int
@@ -38,14 +51,6 @@ class ClassConditionalModel(ModelMixin, ConfigMixin, CacheMixin):
     latent_size: tuple[int, int]
     side_multiple: int
     y_embedder: Any
-    gradient_checkpointing: bool = False
-
-    def run(self, block: nn.Module, *arguments: Any) -> Tensor:
-        """The block's output; recomputed in the backward pass when checkpointing is on."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            checkpoint: Any = self._gradient_checkpointing_func  # set by enable_gradient_checkpointing
-            return checkpoint(block, *arguments)
-        return block(*arguments)
 
     @property
     def text_channels(self) -> int | None:

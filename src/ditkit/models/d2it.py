@@ -29,7 +29,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from ditkit.models.base import ClassConditionalModel, both_sides, chosen
+from ditkit.models.base import ClassConditionalModel, Recomputing, both_sides, chosen
 from ditkit.models.d2it_autoencoder import PAPER, distinct_weights, share_in_regions, to_cells
 from ditkit.models.dit import DiTBlock
 from ditkit.models.layers import (
@@ -228,7 +228,7 @@ def dynamic_grain_loss(prediction: Tensor, noise: Tensor, grain: Tensor) -> Tens
 _HIDDEN = 2  # beside coarse (0) and fine (1)
 
 
-class GrainTransformer(ModelMixin, ConfigMixin):
+class GrainTransformer(Recomputing, ModelMixin, ConfigMixin):
     """Draws maps of grains from a class, a few regions at a time, each given those that are there.
 
     Args:
@@ -276,7 +276,7 @@ class GrainTransformer(ModelMixin, ConfigMixin):
         grid = (grain.shape[1], grain.shape[2])
         tokens = self.grain_embedder(grain.long()).flatten(1, 2) + _positions(self.pos_embed, grid)
         for block in self.blocks:
-            tokens = block(tokens, condition)
+            tokens = self.run(block, tokens, condition)
         return self.final_layer(tokens, condition).unflatten(1, grid)
 
     def loss(

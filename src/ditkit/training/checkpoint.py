@@ -18,9 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 PREFIX = "step-"
+
+
+class DamagedError(ValueError):
+    """Every checkpoint of a run is damaged."""
 
 
 @dataclass
@@ -42,17 +47,11 @@ def write(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     final = folder / f"{PREFIX}{checkpoint.step:08d}"
     part = folder / f".{final.name}.part"
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    digests = {}
-    for name, tensors in checkpoint.tensors.items():
-        file = part / f"{name}.safetensors"
-        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, file)
-        _sync(file)
-        digests[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    record = {"step": checkpoint.step, "state": checkpoint.state, "sha256": digests}
-    (part / "state.json").write_text(json.dumps(record), encoding="utf-8")
-    _sync(part / "state.json")
-    _sync(part)
+    try:
+        _write_files(part, checkpoint)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)  # a full disk has better uses for it
+        raise error if isinstance(error, OSError) else OSError(str(error)) from error
     if final.exists():
         shutil.rmtree(final)
     part.rename(final)
@@ -62,18 +61,44 @@ def write(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     return final
 
 
+def _write_files(part: Path, checkpoint: Checkpoint) -> None:
+    part.mkdir()
+    digests = {}
+    for name, tensors in checkpoint.tensors.items():
+        file = part / f"{name}.safetensors"
+        save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, file)
+        _sync(file)
+        digests[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
+    record = {"step": checkpoint.step, "state": checkpoint.state, "sha256": digests}
+    (part / "state.json").write_text(json.dumps({**record, "self": _digest(record)}), encoding="utf-8")
+    _sync(part / "state.json")
+    _sync(part)
+
+
 def found(folder: Path) -> list[Path]:
     """Checkpoint folders under `folder`, oldest first; half-written ones are not among them."""
     return sorted(p for p in folder.glob(f"{PREFIX}*") if (p / "state.json").is_file())
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that is intact, or None. A damaged one is named in a warning and passed over."""
+    """The newest checkpoint that is intact, None where there is none. A damaged one is named in a warning and
+    passed over.
+
+    Raises:
+        DamagedError: there are checkpoints and none is intact; to begin anew has to be asked for.
+    """
+    damaged = []
     for path in reversed(found(folder)):
         try:
             return read(path)
         except (ValueError, OSError) as error:
+            damaged.append(f"{path.name}: {error}")
             warnings.warn(f"skipping damaged checkpoint {path}: {error}", stacklevel=2)
+    if damaged:
+        raise DamagedError(
+            f"no checkpoint in {folder} is intact ({'; '.join(damaged)}): bring one back, or move the folder "
+            "away to begin anew"
+        )
     return None
 
 
@@ -85,6 +110,9 @@ def read(path: Path) -> Checkpoint:
     """
     try:
         record = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        # Checkpoints of the first version have no such digest.
+        if record.pop("self", None) not in (None, _digest(record)):
+            raise ValueError("state.json is not the file that was written")
         tensors = {}
         for name, digest in record["sha256"].items():
             file = path / name
@@ -92,7 +120,7 @@ def read(path: Path) -> Checkpoint:
                 raise ValueError(f"{name} is not the file that was written")
             tensors[file.stem] = load_file(file)
         return Checkpoint(record["step"], tensors, record["state"])
-    except (KeyError, TypeError, OSError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, OSError, SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
@@ -118,6 +146,10 @@ def unpack_optimizer(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, An
     for index, entries in facts["values"].items():
         state.setdefault(int(index), {}).update(entries)
     return {"state": state, "param_groups": facts["param_groups"]}
+
+
+def _digest(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -16,18 +16,24 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ditkit.data.config import DataConfig, Section
 
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+
 
 class ConfigError(ValueError):
     """A training file that can't be used; the message names the key and what was seen."""
 
 
 class OptimizerConfig(Section):
+    """`skip_grad_norm`: a step whose gradient is longer, or not finite, is not taken (not with fp16, which
+    skips by itself)."""
+
     kind: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0)
     eps: float = Field(default=1e-8, gt=0)
     clip_grad_norm: float | None = Field(default=None, gt=0)
+    skip_grad_norm: float | None = Field(default=None, gt=0)
 
 
 class ScheduleConfig(Section):
@@ -51,7 +57,7 @@ class RunConfig(Section):
     """One run of the trainer.
 
     `task` names what is trained; `task_options` are its own keys. `objective` are changes to its loss: names
-    (`ditkit objectives`) and their options, in any order.
+    (`ditkit objectives`) and their options, in any order. `compile`: true, or a mode of `torch.compile`.
     """
 
     name: str
@@ -62,6 +68,8 @@ class RunConfig(Section):
     batch_size: int = Field(default=64, ge=1, description="over all processes and accumulation steps")
     accumulation: int = Field(default=1, ge=1)
     precision: Literal["no", "bf16", "fp16"] = "bf16"
+    gradient_checkpointing: bool = Field(default=False, description="compute blocks again for the backward")
+    compile: CompileMode | None = None
     data: DataConfig = DataConfig()
     objective: dict[str, dict[str, Any]] = {}
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -85,8 +93,15 @@ class RunConfig(Section):
         objectives.read_options(chosen)
         return chosen
 
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _yes_or_no(cls, chosen: Any) -> Any:
+        return {True: "default", False: None}.get(chosen, chosen) if isinstance(chosen, bool) else chosen
+
     @model_validator(mode="after")
     def _divisible(self) -> RunConfig:
+        if self.optimizer.skip_grad_norm and self.precision == "fp16":
+            raise ValueError("optimizer.skip_grad_norm: fp16 skips steps by itself; leave one of them out")
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"batch_size={self.batch_size} is not a multiple of accumulation={self.accumulation}"

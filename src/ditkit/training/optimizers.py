@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ditkit.training.config import OptimizerConfig
+from ditkit.training.sharding import part_like
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,15 @@ def create(
             torch.optim.AdamW(rate.parameters, lr=rate.lr, weight_decay=rate.weight_decay, foreach=True)
         )
     return optimizers
+
+
+def share_out(state: dict[str, Any], optimizer: Any) -> None:
+    """Turn the whole tensors of an optimizer's `state_dict()` into parts where its parameters are parts."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameters[index].shape:
+                entries[name] = part_like(value, parameters[index])
 
 
 def lay_out_alike(optimizer: Any) -> None:

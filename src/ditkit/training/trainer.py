@@ -24,14 +24,18 @@ from accelerate.state import AcceleratorState
 from rich.console import Console
 from tqdm.auto import tqdm
 
+from ditkit.files import whole_file, write_text
 from ditkit.training import checkpoint as ckpt
 from ditkit.training import config as configuration
-from ditkit.training import optimizers
+from ditkit.training import networks, optimizers, sharding
 from ditkit.training.average import WeightAverage
 from ditkit.training.order import BatchNoise, SampleOrder, mix, split_rows
 from ditkit.training.tasks import Task, find
 
 console = Console(stderr=True)
+
+MOST_SKIPPED = 100
+"""Steps in a row that a run passes over before it stops."""
 
 Measure = Callable[[Task, int], dict[str, float]]
 """`(task, step) -> figures`, to be logged beside the held-out loss; the averaged weights are in place."""
@@ -83,24 +87,28 @@ def run_stage(
         earlier: the folders of the stages before it, by name.
         measure: called wherever the held-out loss is taken (`heldout_every`), on the main process.
     """
-    accelerator = Accelerator(
-        mixed_precision=run.precision,
-        gradient_accumulation_steps=run.accumulation,
-        log_with=run.tracker,
-        project_dir=folder,
-        cpu=not torch.cuda.is_available(),
-    )
+    with sharding.unseen_by_accelerate():
+        accelerator = Accelerator(
+            mixed_precision=run.precision,
+            gradient_accumulation_steps=run.accumulation,
+            log_with=run.tracker,
+            project_dir=folder,
+            cpu=not torch.cuda.is_available(),
+        )
     try:
         torch.manual_seed(mix(run.seed, 0))
         if accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
+            write_text(folder / "config.yaml", yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
         accelerator.wait_for_everyone()
         task = find(run.task)(run, folder, earlier)
+        if run.gradient_checkpointing:
+            networks.checkpoint_gradients(task, f"{run.name}.gradient_checkpointing")
+        if run.compile:
+            networks.compile_networks(task, run.compile, f"{run.name}.compile")
         trainer = Trainer(run, folder, task, accelerator, measure)
         trainer.fit()
-        if accelerator.is_main_process:
-            trainer.export()
+        trainer.export()
         accelerator.wait_for_everyone()
         for tracker in accelerator.trackers:
             tracker.finish()  # `end_training` would take the process group from the stages after this one
@@ -121,9 +129,15 @@ class Trainer:
     ) -> None:
         self.run, self.folder, self.task, self.accelerator = run, folder, task, accelerator
         self.measure = measure
-        self.names, self.parameters = _trainable(task)
         self.order = SampleOrder(task.sample_count, mix(run.seed, 7), task.sample_periods())
-        self.model = accelerator.prepare(task)
+        self.sharded = sharding.asked_for() and accelerator.num_processes > 1
+        if self.sharded:
+            device = accelerator.device
+            self.model = sharding.shard(task.to(device), device, accelerator.num_processes)
+        else:
+            self.model = accelerator.prepare(task)
+        self._twin: Task | None = None
+        self.names, self.parameters = _trainable(task)
         own = task.own_rates()
         self.optimizers = [accelerator.prepare(o) for o in optimizers.create(run.optimizer, task, own)]
         self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
@@ -136,9 +150,10 @@ class Trainer:
             else None
         )
         self.step = 0
+        self.skipped = 0  # steps in a row whose gradient was too long
         if self.ema:
             self.ema.to(accelerator.device)
-            task.averaged = self._average
+            task.averaged = self._refuse_average if self.sharded else self._average
         self._restore()
 
     def fit(self) -> None:
@@ -180,27 +195,47 @@ class Trainer:
         self._set_learning_rate()
         for rows in mine:
             with accelerator.accumulate(self.model):
+                if self.sharded:
+                    self.model.set_requires_gradient_sync(accelerator.sync_gradients)
                 noise = BatchNoise(run.seed, self.step, run.batch_size, rows, accelerator.device)
                 with accelerator.autocast():
                     losses = self.model(indices[rows].to(accelerator.device), noise)
                 accelerator.backward(losses["loss"])
-                if accelerator.sync_gradients and run.optimizer.clip_grad_norm:
-                    accelerator.clip_grad_norm_(self.clipped, run.optimizer.clip_grad_norm)
+                taken = not accelerator.sync_gradients or self._fit_gradient()
                 for optimizer in self.optimizers:
-                    optimizer.step()
+                    if taken:
+                        optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0) + value.detach().float() / run.accumulation
-        if self.ema:
+        if self.ema and not self.skipped:
             self.ema.step(self.parameters)
         self.step += 1
-        if not math.isfinite(float(totals["loss"])):
+        if not self.skipped and not math.isfinite(float(totals["loss"])):
             raise TrainingError(
-                f"{run.name}: the loss at step {self.step} is {float(totals['loss'])}; "
-                f"the last checkpoint in {self.folder / 'checkpoints'} is kept. "
-                "Lower optimizer.lr or clip gradients."
+                f"{run.name}: the loss at step {self.step} is {float(totals['loss'])}. {self._kept()} "
+                "Lower optimizer.lr, clip gradients (optimizer.clip_grad_norm) or skip such steps "
+                "(optimizer.skip_grad_norm)."
             )
+        if self.skipped > MOST_SKIPPED:
+            raise TrainingError(
+                f"{run.name}: {self.skipped} steps in a row had a gradient longer than "
+                f"optimizer.skip_grad_norm={run.optimizer.skip_grad_norm}. {self._kept()} "
+                "Lower optimizer.lr or raise skip_grad_norm."
+            )
+        if run.optimizer.skip_grad_norm:
+            totals["skipped"] = torch.tensor(float(self.skipped > 0), device=accelerator.device)
         return totals
+
+    def _fit_gradient(self) -> bool:
+        """Clip the gradient; whether its step is to be taken."""
+        longest, skip = self.run.optimizer.clip_grad_norm, self.run.optimizer.skip_grad_norm
+        if not longest and not skip:
+            return True
+        norm: Any = self.accelerator.clip_grad_norm_(self.clipped, longest or math.inf)
+        taken = skip is None or float(sharding.whole(norm)) <= skip  # NaN is not
+        self.skipped = 0 if taken else self.skipped + 1
+        return taken
 
     def _set_learning_rate(self) -> None:
         """The schedule is a function of the step, so it has no state to save."""
@@ -228,39 +263,52 @@ class Trainer:
             out.write(json.dumps({"step": self.step, **record}) + "\n")
 
     def _evaluate(self) -> None:
-        with self._averaged():
-            figures = {f"heldout_{name}": value for name, value in self.task.heldout_loss().items()}
-            if self.measure and self.accelerator.is_main_process:
-                figures |= self.measure(self.task, self.step)
+        with self._averaged() as task:
+            if task is None:
+                return
+            figures = {f"heldout_{name}": value for name, value in task.heldout_loss().items()}
+            if self.measure:
+                figures |= self.measure(task, self.step)
         if figures:
             self._record(figures)
 
     def _draw(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        with self._averaged():
-            picture = self.task.draw()
+        with self._averaged() as task:
+            picture = None if task is None else task.draw()
         if picture is not None:
-            samples = self.folder / "samples"
-            samples.mkdir(exist_ok=True)
-            picture.save(samples / f"step-{self.step:08d}.png")
+            with whole_file(self.folder / "samples" / f"step-{self.step:08d}.png") as part:
+                picture.save(part)
 
     def _average(self) -> dict[str, torch.Tensor]:
         """The averaged parameters by name, not copied."""
         assert self.ema is not None
         return dict(zip(self.names, self.ema.shadow_params, strict=True))
 
+    def _refuse_average(self) -> dict[str, torch.Tensor]:
+        raise TrainingError(
+            f"{self.run.name}: an objective needs the run's averaged parameters, which no process has whole: "
+            "launch without --use_fsdp"
+        )
+
     @contextlib.contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """The trained parameters hold their average, and nothing records gradients."""
+    def _averaged(self) -> Iterator[Task | None]:
+        """The task with the average in place of the trained parameters, in evaluation, on the main process;
+        None on the others, which have to come too. Nothing records gradients."""
+        if self.sharded:
+            with torch.no_grad():
+                yield self._whole_average()
+            return
+        if not self.accelerator.is_main_process:
+            yield None
+            return
         training = self.task.training
         self.task.eval()
         if self.ema:
             self.ema.store(self.parameters)
             self.ema.copy_to(self.parameters)
         try:
-            with torch.no_grad():
-                yield
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                yield self.task  # not compiled anew for the sizes of evaluation
         finally:
             if self.ema:
                 self.ema.restore(self.parameters)
@@ -269,52 +317,108 @@ class Trainer:
     # ---- state -------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write a checkpoint (main process); see `ditkit.training.checkpoint`."""
+        """Write a checkpoint (main process; all have to come); see `ditkit.training.checkpoint`."""
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            tensors = {
-                "model": dict(zip(self.names, (p.data for p in self.parameters), strict=True)),
-                "rng": {"torch": torch.get_rng_state()},
-            }
-            state: dict[str, Any] = {"optimizers": [], "data_position": list(self.order.position)}
-            for index, optimizer in enumerate(self.optimizers):
-                tensors[f"optimizer-{index}"], facts = ckpt.pack_optimizer(optimizer.state_dict())
-                state["optimizers"].append(facts)
-            if self.ema:
-                average = self.ema.state_dict()
-                shadow = average.pop("shadow_params")
-                tensors["ema"] = dict(zip(self.names, shadow, strict=True))
-                state["ema"] = average
-            ckpt.write(
-                self.folder / "checkpoints",
-                ckpt.Checkpoint(self.step, tensors, state),
-                self.run.keep_checkpoints,
+        weights = self._whole(dict(zip(self.names, (p.data for p in self.parameters), strict=True)))
+        if broken := [name for name, value in weights.items() if not bool(torch.isfinite(value).all())]:
+            raise TrainingError(
+                f"{self.run.name}: after step {self.step}, {broken[0]} and {len(broken) - 1} more parameters "
+                f"are not finite; they are not saved. {self._kept()}"
             )
+        tensors = {"model": weights}
+        position = list(self.order.position)
+        state: dict[str, Any] = {"optimizers": [], "data_position": position, "skipped": self.skipped}
+        for index, optimizer in enumerate(self.optimizers):
+            packed, facts = ckpt.pack_optimizer(optimizer.state_dict())
+            tensors[f"optimizer-{index}"] = self._whole(packed)
+            state["optimizers"].append(facts)
+        if self.ema:
+            average = self.ema.state_dict()
+            shadow = average.pop("shadow_params")
+            tensors["ema"] = self._whole(dict(zip(self.names, shadow, strict=True)))
+            state["ema"] = average
+        if self.accelerator.is_main_process:
+            tensors["rng"] = {"torch": torch.get_rng_state()}
+            folder, checkpoint = self.folder / "checkpoints", ckpt.Checkpoint(self.step, tensors, state)
+            try:
+                ckpt.write(folder, checkpoint, self.run.keep_checkpoints)
+            except OSError as error:
+                raise TrainingError(
+                    f"{self.run.name}: the checkpoint of step {self.step} could not be written: "
+                    f"{error.strerror or error}. {self._kept()}"
+                ) from error
         self.accelerator.wait_for_everyone()
+
+    def _kept(self) -> str:
+        """What a run that stops leaves behind, and what to do."""
+        saved = ckpt.found(self.folder / "checkpoints")
+        if not saved:
+            return "There was no checkpoint yet."
+        return f"{saved[-1]} is kept; --resume goes on from it once the cause is gone."
+
+    def _whole(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What is shared out over the processes put together, on the main process; empty on the others."""
+        if not self.sharded:
+            return tensors
+        kept = {}
+        for name, tensor in tensors.items():  # one at a time: no device has to hold them all
+            tensor = sharding.whole(tensor)
+            if self.accelerator.is_main_process:
+                kept[name] = tensor.cpu()
+        return kept
+
+    def _whole_average(self) -> Task | None:
+        """On the main process, a task of its own with the averaged parameters, whole."""
+        named = zip(self.names, self.ema.shadow_params if self.ema else self.parameters, strict=True)
+        tensors = self._whole(dict(named))
+        if not self.accelerator.is_main_process:
+            return None
+        if self._twin is None:
+            with torch.random.fork_rng():
+                self._twin = type(self.task)(self.run, self.folder, self.task.earlier)
+            self._twin.to(self.accelerator.device).eval()
+        parameters = dict(self._twin.named_parameters())
+        for name, tensor in tensors.items():
+            parameters[name].data.copy_(tensor)
+        return self._twin
 
     def _restore(self) -> None:
         saved = ckpt.newest(self.folder / "checkpoints")
         if saved is None:
             self._forget_records_after(0)
             return
+        wanted = {"model", "rng", *(["ema"] if self.ema else ())}
+        wanted |= {f"optimizer-{index}" for index in range(len(self.optimizers))}
+        facts = {"optimizers", "data_position", *(["ema"] if self.ema else ())}
+        if missing := sorted({*(wanted - set(saved.tensors)), *(facts - set(saved.state))}):
+            raise TrainingError(
+                f"{self.run.name}: the checkpoint in {self.folder} has no {' and no '.join(missing)}: the "
+                "run had other settings; choose another output"
+            )
         if set(saved.tensors["model"]) != set(self.names):
             raise TrainingError(
                 f"{self.run.name}: the checkpoint in {self.folder} is of another model, or of objectives "
                 "with other parameters; choose another output"
             )
-        for name, parameter in zip(self.names, self.parameters, strict=True):
-            parameter.data.copy_(saved.tensors["model"][name])
+        with torch.no_grad():
+            for name, parameter in zip(self.names, self.parameters, strict=True):
+                parameter.copy_(sharding.part_like(saved.tensors["model"][name], parameter))
         for index, (optimizer, facts) in enumerate(
             zip(self.optimizers, saved.state["optimizers"], strict=True)
         ):
-            optimizer.load_state_dict(ckpt.unpack_optimizer(saved.tensors[f"optimizer-{index}"], facts))
+            state = ckpt.unpack_optimizer(saved.tensors[f"optimizer-{index}"], facts)
+            optimizers.share_out(state, optimizer)
+            optimizer.load_state_dict(state)
             optimizers.lay_out_alike(optimizer)
         if self.ema:
-            shadow = [saved.tensors["ema"][name].to(self.accelerator.device) for name in self.names]
+            shadow = [
+                sharding.part_like(saved.tensors["ema"][name].to(self.accelerator.device), parameter)
+                for name, parameter in zip(self.names, self.parameters, strict=True)
+            ]
             self.ema.load_state_dict({**saved.state["ema"], "shadow_params": shadow})
         torch.set_rng_state(saved.tensors["rng"]["torch"])
         self.order.position = tuple(saved.state["data_position"])
-        self.step = saved.step
+        self.step, self.skipped = saved.step, saved.state.get("skipped", 0)
         self._forget_records_after(saved.step)
         if self.accelerator.is_main_process:
             console.print(f"[bold]{self.run.name}[/] continues after step {self.step}")
@@ -330,15 +434,17 @@ class Trainer:
                         kept.append(line)
                 except (json.JSONDecodeError, KeyError):
                     continue  # the line a crash cut short
-            path.write_text("".join(f"{line}\n" for line in kept))
+            write_text(path, "".join(f"{line}\n" for line in kept))
 
     def export(self) -> None:
         """Save the averaged weights in their public format, atomically."""
-        part = self.folder / ".export.part"
-        shutil.rmtree(part, ignore_errors=True)
-        with self._averaged():
-            self.task.export(part)
-        part.rename(self.folder / "export")
+        with self._averaged() as task:
+            if task is None:
+                return
+            part = self.folder / ".export.part"
+            shutil.rmtree(part, ignore_errors=True)
+            task.export(part)
+            part.rename(self.folder / "export")
 
 
 def learning_rate_factor(run: configuration.RunConfig, step: int) -> float:
