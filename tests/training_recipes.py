@@ -54,6 +54,21 @@ def options(arch: str, process: str = "gaussian") -> dict[str, Any]:
     return {"arch": arch, "process": process, "pixels": 8, "model": MODELS[arch]}
 
 
+def changes(name: str, teacher: str) -> dict[str, Any]:
+    """A run with one of `OBJECTIVES`.
+
+    Args:
+        teacher: the tests' trained network, beside which a vision transformer lies.
+    """
+    arch, chosen = OBJECTIVES[name]
+    folders = {
+        "distillation": teacher,
+        **dict.fromkeys(("repa", "haste"), str(Path(teacher).parent / "vision")),
+    }
+    chosen = {k: {**v, "teacher": folders[k]} if k in folders else v for k, v in chosen.items()}
+    return {"objective": chosen, "task_options": options(arch)}
+
+
 def open_task(path: Path) -> tuple[Any, BatchNoise, torch.Tensor]:
     """The task of a file with every parameter moved off its start, the noise of a step, a batch's samples.
 

@@ -13,7 +13,7 @@ from ditkit.models.d2it_autoencoder import DualGrainAutoencoder
 from ditkit.training import networks
 from ditkit.training.config import ConfigError, load
 from ditkit.training.trainer import train
-from training_recipes import MODELS, OBJECTIVES, PROCESSES, open_task, options, records, weights
+from training_recipes import MODELS, PROCESSES, changes, open_task, options, records, weights
 
 
 def backward(task: Any, noise: Any, rows: torch.Tensor) -> tuple[torch.Tensor, list[Any], int]:
@@ -55,13 +55,9 @@ def test_recomputing_changes_no_bit_and_holds_less(arch, training_file):
 
 @pytest.mark.parametrize("name", ["haste", "sra", "distillation"])
 def test_recomputing_goes_with_objectives_that_look_inside(name, training_file, teacher):
-    arch, objective = OBJECTIVES[name]
-    chosen = {
-        key: {k: teacher if v == "TEACHER" else v for k, v in keys.items()} for key, keys in objective.items()
-    }
     outcomes = []
     for again in (False, True):
-        task, noise, rows = open_task(training_file(objective=chosen, task_options=options(arch)))
+        task, noise, rows = open_task(training_file(**changes(name, teacher)))
         if again:
             networks.checkpoint_gradients(task, "gradient_checkpointing")
         outcomes.append(backward(task.train(), noise, rows))

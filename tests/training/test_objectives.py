@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,18 +25,7 @@ from ditkit.training.objectives.sra import distances, less_noise
 from ditkit.training.order import BatchNoise, split_rows
 from ditkit.training.tasks import find
 from ditkit.training.trainer import TrainingError, train
-from training_recipes import OBJECTIVES, interrupted, open_task, options, records, weights
-
-
-def changes(name: str, teacher: str) -> dict[str, Any]:
-    """A run with one of `OBJECTIVES`."""
-    arch, chosen = OBJECTIVES[name]
-    folders = {
-        "distillation": teacher,
-        **dict.fromkeys(("repa", "haste"), str(Path(teacher).parent / "vision")),
-    }
-    chosen = {k: {**v, "teacher": folders[k]} if k in folders else v for k, v in chosen.items()}
-    return {"objective": chosen, "task_options": options(arch)}
+from training_recipes import OBJECTIVES, changes, interrupted, open_task, options, records, weights
 
 
 def plain(task: Any, rows: Tensor, noise: BatchNoise, groups: int = 1) -> dict[str, Any]:

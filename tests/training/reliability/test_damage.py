@@ -1,4 +1,4 @@
-"""Full disks, damaged checkpoints, parts that are gone, numbers that are not finite: said, and nothing lost."""
+"""Full disks, damaged checkpoints, parts that are gone, broken numbers: said, and nothing is lost."""
 
 from __future__ import annotations
 
