@@ -7,7 +7,14 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from ditkit.analysis.quality import COMPONENTS, Yardstick, features
+from ditkit.analysis.quality import (
+    COMPONENTS,
+    Yardstick,
+    _root_trace,
+    features,
+    frechet_distance,
+    precision_and_recall,
+)
 from ditkit.data.emoji import EmojiDataset
 
 
@@ -79,3 +86,39 @@ def test_two_pictures_are_needed(truth) -> None:
         Yardstick(images[:1], labels[:1])
     with pytest.raises(ValueError, match="1 drawn pictures"):
         Yardstick(images, labels).distance(images[:1])
+
+
+def test_the_frechet_distance_is_that_of_the_reference_on_fixed_features() -> None:
+    """SciPy's square root of the product, as the first implementation of FID takes it: within 0.1 %."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(96, 96, generator=generator, dtype=torch.float64)
+    true = torch.randn(400, 96, generator=generator, dtype=torch.float64) @ mixing
+    drawn = torch.randn(300, 96, generator=generator, dtype=torch.float64).abs() @ mixing.flip(0) * 0.7 + 0.3
+    s1, s2 = np.cov(drawn.numpy().T), np.cov(true.numpy().T)
+    shift = np.square(drawn.numpy().mean(0) - true.numpy().mean(0)).sum()
+    expected = shift + np.trace(s1 + s2 - 2 * sqrtm(s1 @ s2).real)
+    assert frechet_distance(drawn, true) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_the_square_root_of_covariances_of_2048_features() -> None:
+    """From fewer pictures than features, so the covariances are singular: with centred X (n, F) and Y (m, F),
+    tr((A B)^(1/2)) is the sum of the singular values of X Y' / sqrt((n - 1) (m - 1))."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.logspace(0, -6, 2048, dtype=torch.float64)
+    x = torch.randn(200, 2048, generator=generator, dtype=torch.float64) * scales
+    y = torch.randn(150, 2048, generator=generator, dtype=torch.float64) * scales.roll(40) + 0.1
+    x, y = x - x.mean(0), y - y.mean(0)
+    expected = torch.linalg.svdvals(x @ y.T).sum() / (199 * 149) ** 0.5
+    assert float(_root_trace(torch.cov(x.T), torch.cov(y.T))) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_precision_and_recall_by_hand() -> None:
+    """True: four points on a line, reach 1. Drawn: two among them, one far off."""
+    true = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
+    drawn = torch.tensor([[0.5], [0.6], [9.0]])
+    assert precision_and_recall(drawn, true, neighbours=1) == (pytest.approx(2 / 3), 0.75)
+    assert precision_and_recall(drawn, true, neighbours=2) == (pytest.approx(2 / 3), 1.0)
+    assert precision_and_recall(true, true, neighbours=1) == (1.0, 1.0)
+    with pytest.raises(ValueError, match="more than neighbours=3"):
+        precision_and_recall(drawn, true)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ditkit.analysis.compare_config import CompareFile, Contender
@@ -20,6 +19,7 @@ from ditkit.analysis.quality import Yardstick
 from ditkit.data.pictures import class_labels, grid, open_pictures
 from ditkit.files import whole_file, write_text
 from ditkit.training.config import ConfigError, RunConfig
+from ditkit.training.evaluation import draw, frequent_labels, resized
 from ditkit.training.order import BatchNoise, mix
 from ditkit.training.tasks import find
 from ditkit.training.trainer import run_stage
@@ -70,15 +70,12 @@ class Measure:
         labels, self.classes = class_labels(open_pictures(data))
         pictures = open_pictures(data, "all")
         self._images, self._labels = pictures.images(), class_labels(pictures, self.classes)[0]
-        count, known = self.evaluation.pictures, labels.sort().values
-        self.drawn = known[torch.linspace(0, len(known) - 1, count).round().long()]  # (pictures,)
+        self.drawn = frequent_labels(labels, self.evaluation.pictures)  # (pictures,)
         self.shown = torch.arange(len(self.classes)).repeat_interleave(self.evaluation.per_class)
 
     def true_pictures(self, size: tuple[int, int]) -> Tensor:
         """All pictures of the data, held-out ones too, at the size that is drawn: (N, 3, H, W)."""
-        if self._images.shape[2:] == size:
-            return self._images
-        return F.interpolate(self._images, size=size, mode="area")
+        return resized(self._images, size)
 
     def yardstick(self, size: tuple[int, int]) -> Yardstick:
         """What pictures of that size are compared with."""
@@ -94,7 +91,7 @@ class Measure:
                 f"evaluation.loss: {task.run.name} has no held-out {evaluation.loss!r}, only "
                 f"{', '.join(losses[0])}"
             )
-        samples = self._draw(task)
+        samples = draw(task, torch.cat([self.shown, self.drawn]), mix(evaluation.seed, 1))
         shown, drawn = samples[: len(self.shown)], samples[len(self.shown) :]
         yardstick = self.yardstick((drawn.shape[2], drawn.shape[3]))
         with whole_file(task.folder / f"grid-{step:08d}.png") as part:
@@ -104,12 +101,6 @@ class Measure:
             "compared_distance": yardstick.distance(drawn),
             "compared_recognised": yardstick.recognised(drawn, self.drawn),
         }
-
-    def _draw(self, task: Any) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1]: those shown, then those measured."""
-        generator = torch.Generator().manual_seed(mix(self.evaluation.seed, 1))
-        labels = torch.cat([self.shown, self.drawn])
-        return torch.cat([task.sample(part, generator).float().cpu() for part in labels.split(128)])
 
     def truth(self, size: tuple[int, int], file: Path) -> dict[str, float]:
         """What true pictures score, of which as many are picked at random as are drawn; some go to `file`."""

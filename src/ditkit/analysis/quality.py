@@ -1,19 +1,27 @@
-"""How far drawn pictures are from the true ones, by small hand-made features.
+"""How far drawn pictures are from the true ones, by small features: hand-made ones, or a small network's.
 
-The features of a picture are 8 x 8 area-averaged colours (192 numbers) and, on a grid of 4 x 4, the mean size
-of the brightness's horizontal and of its vertical differences (32 numbers), standardised over the true
-pictures and projected on their first 32 principal components. On these, drawn and true pictures are compared
-as two normal distributions: the Frechet distance |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Dowson and
-Landau, "The Frechet distance between multivariate normal distributions", 1982), here divided by the true
-pictures' total variance. 0 is equal; 1 is what drawing nothing but the average picture gives.
+The hand-made features of a picture are 8 x 8 area-averaged colours (192 numbers) and, on a grid of 4 x 4, the
+mean size of the brightness's horizontal and of its vertical differences (32 numbers). These, or those of a
+network that is given, are standardised over the true pictures and projected on their first 32 principal
+components. On these, drawn and true pictures are compared as two normal distributions: the Frechet distance
+|m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) (Dowson and Landau, "The Frechet distance between multivariate
+normal distributions", 1982), here divided by the true pictures' total variance. 0 is equal; 1 is what drawing
+nothing but the average picture gives.
 
-This is not FID, whose features are an Inception network's: figures compare only with figures of this file, on
-the same pictures, the same size and the same number of drawn pictures.
+Precision is the share of drawn pictures that lie within reach of a true one, recall that of true pictures
+within reach of a drawn one; a picture's reach is the distance of its k-th nearest neighbour among its own
+kind (Kynkaanniemi et al., "Improved precision and recall metric for assessing generative models", arXiv
+1904.06991).
 
-Dimensions: B pictures, N true pictures, K components.
+This is not FID, whose features are an Inception network's (`inception.py`): figures compare only with figures
+of this file, of the same features, on the same pictures, the same size and the same number of drawn pictures.
+
+Dimensions: B pictures, N true pictures, F features, K components.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -39,27 +47,28 @@ class Yardstick:
     Args:
         images: true pictures, (N, 3, H, W) in [-1, 1], of the size that is drawn.
         labels: their classes, (N,).
+        look: gives the features (B, F) of pictures like them.
 
     Raises:
         ValueError: fewer than two pictures.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, look: Callable[[Tensor], Tensor] = features) -> None:
         if len(images) < 2:
             raise ValueError(f"{len(images)} true pictures have no spread to compare with")
-        found = features(images)
-        self.labels = labels
+        self.labels, self._look = labels, look
+        found = look(images).double()
         self._centre, self._scale = found.mean(0), found.std(0)
         # What is the same in all true pictures tells nothing; dividing by its spread would tell too much.
         self._scale = torch.where(self._scale < 1e-6, torch.inf, self._scale)
         standard = (found - self._centre) / self._scale
-        self._basis = torch.linalg.svd(standard, full_matrices=False).Vh[:COMPONENTS].T  # (224, K)
+        self._basis = torch.linalg.svd(standard, full_matrices=False).Vh[:COMPONENTS].T  # (F, K)
         self.points = standard @ self._basis  # (N, K)
-        self._mean, self._covariance = self.points.mean(0), torch.cov(self.points.T)
+        self._covariance = torch.cov(self.points.T)
 
     def place(self, images: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] to their components, (B, K)."""
-        return ((features(images) - self._centre) / self._scale) @ self._basis
+        return ((self._look(images).double() - self._centre) / self._scale) @ self._basis
 
     def distance(self, images: Tensor) -> float:
         """The Frechet distance of pictures (B, 3, H, W) from the true ones, over their total variance.
@@ -69,11 +78,11 @@ class Yardstick:
         """
         if len(images) < 2:
             raise ValueError(f"{len(images)} drawn pictures have no spread to compare")
-        points = self.place(images)
-        mean, covariance = points.mean(0), torch.cov(points.T)
-        shift = (mean - self._mean).square().sum()
-        trace = (covariance + self._covariance).trace() - 2 * _root_trace(covariance, self._covariance)
-        return float((shift + trace) / self._covariance.trace())
+        return frechet_distance(self.place(images), self.points) / float(self._covariance.trace())
+
+    def precision_and_recall(self, images: Tensor, neighbours: int = 3) -> tuple[float, float]:
+        """Of pictures (B, 3, H, W) among the true ones, see `precision_and_recall`."""
+        return precision_and_recall(self.place(images), self.points, neighbours)
 
     def recognisable(self) -> float:
         """Share of true pictures whose nearest other one is of their class: what drawing them would score."""
@@ -84,6 +93,47 @@ class Yardstick:
         """Share of pictures (B, 3, H, W) whose nearest true picture is of the class (B,) asked for."""
         nearest = torch.cdist(self.place(images), self.points).argmin(1)
         return float((self.labels[nearest] == labels).float().mean())
+
+
+def frechet_distance(drawn: Tensor, true: Tensor) -> float:
+    """The squared Frechet distance of the normal distributions with the means and covariances of features
+    (B, F) and (N, F): 0 for the same, not divided by anything.
+
+    Raises:
+        ValueError: fewer than two of either.
+    """
+    if min(len(drawn), len(true)) < 2:
+        raise ValueError(f"{len(drawn)} drawn and {len(true)} true pictures: two of each have a spread")
+    drawn, true = drawn.double(), true.double()
+    first, second = torch.cov(drawn.T), torch.cov(true.T)
+    shift = (drawn.mean(0) - true.mean(0)).square().sum()
+    return float(shift + (first + second).trace() - 2 * _root_trace(first, second))
+
+
+def precision_and_recall(drawn: Tensor, true: Tensor, neighbours: int = 3) -> tuple[float, float]:
+    """How much of what is drawn is like something true, and how much of what is true is drawn, 0 to 1.
+
+    Args:
+        drawn, true: features (B, F) and (N, F).
+        neighbours: k, by whose distance a picture reaches.
+
+    Raises:
+        ValueError: not more than k of either.
+    """
+    if min(len(drawn), len(true)) <= neighbours:
+        raise ValueError(
+            f"{len(drawn)} drawn and {len(true)} true pictures: more than neighbours={neighbours} are needed"
+        )
+    between = torch.cdist(drawn.double(), true.double())  # (B, N)
+    precision = (between <= _reach(true, neighbours)).any(1)  # (B,)
+    recall = (between <= _reach(drawn, neighbours)[:, None]).any(0)  # (N,)
+    return float(precision.double().mean()), float(recall.double().mean())
+
+
+def _reach(points: Tensor, neighbours: int) -> Tensor:
+    """The distance of each point's k-th nearest other one, (N,) of (N, F)."""
+    apart = torch.cdist(points.double(), points.double())
+    return apart.kthvalue(neighbours + 1, dim=1).values  # the nearest is the point itself
 
 
 def _root_trace(first: Tensor, second: Tensor) -> Tensor:

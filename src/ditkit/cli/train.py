@@ -18,14 +18,15 @@ def add_to(app: typer.Typer) -> None:
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file of the run.")],
+    config: Annotated[Path, typer.Argument(help="YAML file of the run; to resume, its output folder.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value, such as optimizer.lr=1e-4.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
 ) -> None:
     """Train what a YAML file describes; checkpoints and curves go into its output folder."""
-    existing_file(config, "config")
+    if not (resume and config.is_dir()):
+        existing_file(config, "config")
     for text in overrides or ():
         if "=" not in text.lstrip("="):
             raise UsageError(f"override {text!r} is not of the form key=value")

@@ -28,7 +28,7 @@ class PictureError(ValueError):
     """A picture that can't be read; the message names it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One picture that was not read yet.
 

@@ -15,6 +15,12 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ditkit.data.config import DataConfig, Section
+from ditkit.files import write_text
+
+ODD = (ValueError, RecursionError)
+"""What PyYAML raises beside its own errors: for other bytes than UTF-8, a 13th month, a thousand brackets."""
+
+KEPT = "training.yaml"
 
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
@@ -53,6 +59,33 @@ class EMAConfig(Section):
     warmup: bool = True
 
 
+class EvaluationConfig(Section):
+    """Pictures drawn during the training against the data's, see `ditkit.training.evaluation`.
+
+    Args:
+        every: steps; also at the end.
+        pictures: drawn each time, with classes as frequent as in the data.
+        steps: of drawing one; None: the task's `preview_steps`.
+        teacher: a vision transformer whose features count: a stage, a folder, or `owner/name` of the hub;
+            None: hand-made ones.
+        neighbours: k of precision and recall.
+        inception: file or folder of the Inception network's weights, for FID and inception score.
+    """
+
+    every: int = Field(ge=1)
+    pictures: int = Field(default=256, ge=2)
+    steps: int | None = Field(default=None, ge=1)
+    teacher: str | None = None
+    neighbours: int = Field(default=3, ge=1)
+    inception: Path | None = None
+
+    @model_validator(mode="after")
+    def _enough(self) -> EvaluationConfig:
+        if self.pictures <= self.neighbours:
+            raise ValueError(f"pictures={self.pictures}: more than neighbours={self.neighbours} are needed")
+        return self
+
+
 class RunConfig(Section):
     """One run of the trainer.
 
@@ -80,6 +113,7 @@ class RunConfig(Section):
     checkpoint_every: int = Field(default=500, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
     heldout_every: int = Field(default=0, ge=0, description="0: never")
+    evaluation: EvaluationConfig | None = None
     tracker: str | None = "tensorboard"
 
     @field_validator("objective", mode="before")
@@ -147,6 +181,28 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Train
         raise ConfigError(f"{path}: {explain(error)}") from error
 
 
+def load_run(path: str | Path, overrides: list[str] | tuple[str, ...], resume: bool) -> TrainingFile:
+    """A training file, or, to go on, what a run's output folder keeps of it; the folder may have been moved.
+
+    Raises:
+        FileNotFoundError, ConfigError: see `load`; a folder that keeps no run, or one without `resume`.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return load(path, overrides)
+    if not resume or not (path / KEPT).is_file():
+        raise ConfigError(
+            f"{path} is a folder: name a training file, or, with --resume, the output folder of a run (which "
+            f"has a {KEPT})"
+        )
+    return load(path / KEPT, overrides).model_copy(update={"output": path})
+
+
+def keep(file: TrainingFile) -> None:
+    """Write a training file, overrides and all, into its output folder."""
+    write_text(file.output / KEPT, yaml.safe_dump(file.model_dump(mode="json"), sort_keys=False))
+
+
 def read(path: Path, what: str) -> dict[str, Any]:
     """The keys and values of a YAML file; `what` it is, for messages.
 
@@ -158,7 +214,7 @@ def read(path: Path, what: str) -> dict[str, Any]:
         raise FileNotFoundError(f"no {what} at {path}")
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, *ODD) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected keys and values, got {type(raw).__name__}")
@@ -228,7 +284,7 @@ def assign(node: Any, parts: list[str], value: str, text: str) -> None:
             raise ConfigError(f"override {text!r}: {part!r} holds a value, not keys")
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, *ODD) as error:
         raise ConfigError(f"override {text!r}: {error}") from error
     if not isinstance(node, dict):
         raise ConfigError(f"override {text!r}: name a key of the item too")

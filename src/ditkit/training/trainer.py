@@ -27,8 +27,9 @@ from tqdm.auto import tqdm
 from ditkit.files import whole_file, write_text
 from ditkit.training import checkpoint as ckpt
 from ditkit.training import config as configuration
-from ditkit.training import networks, optimizers, sharding
+from ditkit.training import networks, optimizers, provenance, sharding
 from ditkit.training.average import WeightAverage
+from ditkit.training.evaluation import Evaluation
 from ditkit.training.order import BatchNoise, SampleOrder, mix, split_rows
 from ditkit.training.tasks import Task, find
 
@@ -49,7 +50,7 @@ def train(path: str | Path, overrides: list[str] | tuple[str, ...] = (), resume:
     """Run every stage of a training file in order and return the folder of the last stage's export.
 
     Args:
-        path: YAML file, see `ditkit.training.config`.
+        path: YAML file, see `ditkit.training.config`; or the output folder of a run, to resume it.
         overrides: `key=value` texts.
         resume: continue in the output folder, stage by stage, from the newest intact checkpoint; stages
             that are already exported are passed over.
@@ -59,7 +60,7 @@ def train(path: str | Path, overrides: list[str] | tuple[str, ...] = (), resume:
         FileExistsError: the output folder holds a run and `resume` is False.
         TrainingError: the loss is not finite.
     """
-    file = configuration.load(path, overrides)
+    file = configuration.load_run(path, overrides, resume)
     for stage in file.stages:
         find(stage.task)
     stages = [file.output / stage.name for stage in file.stages]
@@ -68,6 +69,8 @@ def train(path: str | Path, overrides: list[str] | tuple[str, ...] = (), resume:
         raise FileExistsError(
             f"{file.output} holds a run already: pass --resume to continue it or choose another output"
         )
+    if first_process:
+        configuration.keep(file)
     earlier: dict[str, Path] = {}
     for stage, folder in zip(file.stages, stages, strict=True):
         if not (folder / "export").is_dir():
@@ -102,11 +105,16 @@ def run_stage(
             write_text(folder / "config.yaml", yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
         accelerator.wait_for_everyone()
         task = find(run.task)(run, folder, earlier)
+        evaluation = None
+        if run.evaluation and accelerator.is_main_process:
+            evaluation = Evaluation(run.evaluation, task)
         if run.gradient_checkpointing:
             networks.checkpoint_gradients(task, f"{run.name}.gradient_checkpointing")
         if run.compile:
             networks.compile_networks(task, run.compile, f"{run.name}.compile")
-        trainer = Trainer(run, folder, task, accelerator, measure)
+        trainer = Trainer(run, folder, task, accelerator, measure, evaluation)
+        if accelerator.is_main_process:
+            provenance.add_start(folder, trainer.step, accelerator.num_processes, str(accelerator.device))
         trainer.fit()
         trainer.export()
         accelerator.wait_for_everyone()
@@ -126,9 +134,10 @@ class Trainer:
         task: Task,
         accelerator: Accelerator,
         measure: Measure | None = None,
+        evaluation: Evaluation | None = None,
     ) -> None:
         self.run, self.folder, self.task, self.accelerator = run, folder, task, accelerator
-        self.measure = measure
+        self.measure, self.evaluation = measure, evaluation
         self.order = SampleOrder(task.sample_count, mix(run.seed, 7), task.sample_periods())
         self.sharded = sharding.asked_for() and accelerator.num_processes > 1
         if self.sharded:
@@ -181,6 +190,8 @@ class Trainer:
                 self._draw()
             if run.heldout_every and (self.step % run.heldout_every == 0 or at_end):
                 self._evaluate()
+            if run.evaluation and (self.step % run.evaluation.every == 0 or at_end):
+                self._judge()
             if self.step % run.checkpoint_every == 0 or at_end:
                 self.save()
         bar.close()
@@ -271,6 +282,11 @@ class Trainer:
                 figures |= self.measure(task, self.step)
         if figures:
             self._record(figures)
+
+    def _judge(self) -> None:
+        with self._averaged() as task:
+            if task is not None and self.evaluation is not None:
+                self._record(self.evaluation(task))
 
     def _draw(self) -> None:
         with self._averaged() as task:

@@ -235,8 +235,15 @@ class ClassToImageTask(Task):
         classes = torch.arange(min(8, len(self.classes))).repeat_interleave(8)
         return grid(self.sample(classes, torch.Generator().manual_seed(mix(self.run.seed, 3))), columns=8)
 
-    def sample(self, classes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Pictures (B, 3, h, w) in [-1, 1] of classes (B,), without guidance; the noise is `generator`'s."""
+    def sample(
+        self, classes: torch.Tensor, generator: torch.Generator, steps: int | None = None
+    ) -> torch.Tensor:
+        """Pictures (B, 3, h, w) in [-1, 1] of classes (B,), without guidance; the noise is `generator`'s.
+
+        Args:
+            steps: of drawing; None: `preview_steps`.
+        """
+        steps = steps or self.options.preview_steps
         start = torch.randn(len(classes), *self.samples.shape[1:], generator=generator)
         start, classes = start.to(self.samples.device), classes.to(self.samples.device)
 
@@ -244,12 +251,10 @@ class ClassToImageTask(Task):
             return self.model(state, t, classes, return_dict=False)[0].float()
 
         if isinstance(self.process, GaussianDiffusion):
-            process = self._gaussian(str(self.options.preview_steps))
+            process = self._gaussian(str(steps))
             *_, images = trajectory(process, network, start, generator=generator)
         else:
-            images = sample_ode(
-                self.process, network, start, method="euler", points=self.options.preview_steps + 1
-            )[-1]
+            images = sample_ode(self.process, network, start, method="euler", points=steps + 1)[-1]
         if self.autoencoder is not None:
             images = decode_pictures(self.autoencoder, images)
         return images

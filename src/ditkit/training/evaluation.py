@@ -1,0 +1,106 @@
+"""Evaluation during training: pictures drawn with the averaged weights against the data's, by small features.
+
+`evaluation:` in a training file turns it on for tasks that draw classes. Figures, beside the held-out loss in
+`metrics.jsonl`: `evaluation_distance`, `evaluation_precision`, `evaluation_recall` and
+`evaluation_recognised` of `ditkit.analysis.quality`, whose features are hand-made ones or those of a frozen
+vision transformer (the mean of its patches' last tokens); `fid` and `inception_score` where the Inception
+network's weights are at hand. The noise is the same every time.
+
+Dimensions: B drawn pictures, N true ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ditkit.analysis.inception import Inception, inception_score
+from ditkit.analysis.quality import Yardstick, features, frechet_distance
+from ditkit.data.latents import LatentSet
+from ditkit.data.pictures import class_labels, open_pictures
+from ditkit.training.config import ConfigError, EvaluationConfig
+from ditkit.training.order import mix
+from ditkit.training.tasks import Task
+from ditkit.training.teachers import Teacher, load_teacher
+
+BATCH = 128
+
+
+class Evaluation:
+    """Draws and measures; call it with the task in evaluation.
+
+    Args:
+        config: what is asked for.
+        task: that draws; what it is trained on is compared with.
+
+    Raises:
+        ConfigError: the task draws no classes, its data are no pictures, or a network is not at hand.
+    """
+
+    def __init__(self, config: EvaluationConfig, task: Task) -> None:
+        self.config = config
+        where, source = f"{task.run.name}.evaluation", task.run.data
+        if not hasattr(task, "sample") or isinstance(getattr(task, "pictures", None), LatentSet):
+            raise ConfigError(f"{where}: task {task.run.task!r} on {source.kind} has no pictures to compare")
+        try:
+            self._inception = Inception(config.inception) if config.inception else None
+            teacher = load_teacher(config.teacher, task.model_folder) if config.teacher else None
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"{where}: {error}") from error
+        self._look = features if teacher is None else _seen_by(teacher)
+        pictures = open_pictures(source, "all")
+        self._images = pictures.images()
+        self._labels = class_labels(pictures, getattr(task, "classes", None))[0]
+        self._asked = frequent_labels(self._labels, config.pictures)
+        self._yardstick: Yardstick | None = None
+        self._true: Tensor | None = None  # Inception's features of the true pictures
+
+    def __call__(self, task: Any) -> dict[str, float]:
+        drawn = draw(task, self._asked, mix(task.run.seed, 11), self.config.steps)
+        truth = resized(self._images, (drawn.shape[2], drawn.shape[3]))
+        if self._yardstick is None:
+            self._yardstick = Yardstick(truth, self._labels, self._look)
+        precision, recall = self._yardstick.precision_and_recall(drawn, self.config.neighbours)
+        figures = {
+            "evaluation_distance": self._yardstick.distance(drawn),
+            "evaluation_precision": precision,
+            "evaluation_recall": recall,
+            "evaluation_recognised": self._yardstick.recognised(drawn, self._asked),
+        }
+        if self._inception is not None:
+            if self._true is None:
+                self._true = self._inception(truth)[0]
+            found, logits = self._inception(drawn)
+            figures["fid"] = frechet_distance(found, self._true)
+            figures["inception_score"] = inception_score(logits)
+        return figures
+
+
+def frequent_labels(labels: Tensor, count: int) -> Tensor:
+    """`count` labels in which classes are as frequent as in `labels` (N,)."""
+    known = labels.sort().values
+    return known[torch.linspace(0, len(known) - 1, count).round().long()]
+
+
+def draw(task: Any, labels: Tensor, seed: int, steps: int | None = None) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] of classes (B,), on the CPU, by a task that draws classes."""
+    generator = torch.Generator().manual_seed(seed)
+    options = {} if steps is None else {"steps": steps}
+    return torch.cat([task.sample(part, generator, **options).float().cpu() for part in labels.split(BATCH)])
+
+
+def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pictures (N, 3, H, W) averaged to another height and width."""
+    return images if images.shape[-2:] == size else F.interpolate(images, size=size, mode="area")
+
+
+def _seen_by(teacher: Teacher) -> Callable[[Tensor], Tensor]:
+    def look(images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, D)
+        grid = (max(1, images.shape[2] // teacher.patch[0]), max(1, images.shape[3] // teacher.patch[1]))
+        return torch.cat([teacher(part, grid).tokens.mean(1) for part in images.split(BATCH)])
+
+    return look
