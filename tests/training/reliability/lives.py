@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from ditkit.training.config import load
@@ -32,7 +33,7 @@ def born(file: str) -> int:
 
 
 def times(paths: list[Path]) -> dict[Path, int]:
-    """When they were changed last; what goes away in between is not there."""
+    """When they were changed last; what is not there, or goes away in between, is left out."""
     found = {}
     for path in paths:
         try:
@@ -42,35 +43,35 @@ def times(paths: list[Path]) -> dict[Path, int]:
     return found
 
 
-def wait_for(child: int, look: list[Path], pattern: str, changes: int) -> None:
-    """Until files have changed so often, or one that fits the pattern came up."""
-    folder = look[0].parent / "checkpoints"
-    before = times([*look, *folder.glob(pattern)]) if pattern else times(look)
+def wait_for(child: int, look: Callable[[], list[Path]], changes: int) -> None:
+    """Until the files that are looked at came, went or were changed so often."""
+    before = times(look())
     while changes:
         if os.waitpid(child, os.WNOHANG)[0]:
             raise SystemExit("a life came to its end by itself: give the run more steps")
-        now = times([*look, *folder.glob(pattern)]) if pattern else times(look)
+        now = times(look())
         if now != before:
             changes, before = changes - 1, now
-        time.sleep(0.0003)
+        time.sleep(0.001)
 
 
 def main() -> None:
     file, kills, chance = sys.argv[1], int(sys.argv[2]), random.Random(int(sys.argv[3]))
     folder = load(file).output / "tiny"
-    left = 0
+    half_written = 0
     for number in range(kills):
         child = born(file)
-        if number % 2:
-            wait_for(child, [folder / "none"], ".step-*.part", 1)
+        if number % 2:  # a folder beside the checkpoints, and each file in it, is a change
+            wait_for(child, lambda: list((folder / "checkpoints").glob(".step-*.part")), chance.randint(1, 9))
         else:
-            wait_for(child, [folder / "metrics.jsonl"], "", chance.randint(1, 7))
+            wait_for(child, lambda: [folder / "metrics.jsonl"], chance.randint(1, 8))
         time.sleep(chance.random() * 0.003)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        left += any((folder / "checkpoints").glob(".step-*.part"))
+        half_written += any((folder / "checkpoints").glob(".step-*.part"))
+        print(f"life {number + 1} is over", file=sys.stderr, flush=True)
     status = os.waitpid(born(file), 0)[1]
-    print(json.dumps({"kills": kills, "half_written": left, "status": status}))
+    print(json.dumps({"kills": kills, "half_written": half_written, "status": status}))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ KILLS = 20
 
 @pytest.mark.slow
 def test_twenty_kills_end_in_the_same_weights(training_file, tmp_path):
-    run = {"steps": 200, "checkpoint_every": 3, "heldout_every": 50}
+    run = {"steps": 150, "checkpoint_every": 3, "heldout_every": 50}
     train(training_file("whole", **run))
     command = [sys.executable, Path(__file__).with_name("lives.py"), training_file("killed", **run), KILLS, 7]
     done = subprocess.run(
