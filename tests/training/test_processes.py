@@ -6,6 +6,7 @@ parts is summed in another order, so a gradient differs in its last bits.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,11 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from ditkit.training import checkpoint as ckpt
 from ditkit.training.sharding import part_like, whole
 from ditkit.training.trainer import train
-from training_recipes import records, weights
+from training.conftest import TINY_DIT
+from training_recipes import changes, records, weights
 
 STEPS, HALF = 20, 10
 CHANGES = {"steps": STEPS, "checkpoint_every": HALF, "keep_checkpoints": 9, "heldout_every": HALF}
@@ -30,15 +33,20 @@ COUNT = {"copies": "--nproc_per_node=2", "shared-out": "--num_processes=2"}
 ways = pytest.mark.parametrize("way", LAUNCH)
 
 
-def launch(way: str, port: int, *arguments: object) -> None:
+def launched(way: str, port: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     """`ditkit train` in two processes."""
     command = [*LAUNCH[way], COUNT[way], f"--{'master' if way == 'copies' else 'main_process'}_port={port}"]
-    done = subprocess.run(
+    return subprocess.run(
         [*command, "-m", "ditkit", "train", *map(str, arguments)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
+
+
+def launch(way: str, port: int, *arguments: object) -> None:
+    """The same, which succeeds."""
+    done = launched(way, port, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -82,6 +90,28 @@ def test_two_processes_equal_one(way, training_file, tmp_path):
     train(training_file("then_one", **CHANGES), resume=True)
     alike(tmp_path / "one", tmp_path / "then_two")
     alike(tmp_path / "one", tmp_path / "then_one")
+
+
+@pytest.mark.slow
+def test_objectives_on_shared_out_parameters(tmp_path, teacher):
+    """Those with parameters, readings and networks of their own; what needs the whole average says so."""
+    stages = []
+    for name in ("both", "switch-prior", "distillation", "haste", "sra"):
+        stages.append({**TINY_DIT, "steps": 3, "name": name, **changes(name, teacher)})
+    path = tmp_path / "one.yaml"
+    path.write_text(yaml.safe_dump({"output": str(tmp_path / "one"), "stages": stages[:-1]}))
+    train(path)
+    path = tmp_path / "two.yaml"
+    path.write_text(yaml.safe_dump({"output": str(tmp_path / "two"), "stages": stages}))
+    done = launched("shared-out", 29520, path)
+    assert done.returncode and "no process has whole: launch without --use_fsdp" in done.stderr
+    for stage in stages[:-1]:
+        logged = [tmp_path / output / stage["name"] / "metrics.jsonl" for output in ("one", "two")]
+        one, two = ([json.loads(line) for line in file.read_text().splitlines()] for file in logged)
+        assert len(one) == len(two) == 3
+        for first, second in zip(one, two, strict=True):
+            kept = set(first) - {"seconds_per_step"}
+            assert all(abs(first[k] - second[k]) <= 1e-5 * max(1, abs(first[k])) for k in kept), stage["name"]
 
 
 def test_whole_tensors_stay_as_they_are():

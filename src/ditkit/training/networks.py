@@ -7,8 +7,11 @@ export.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from diffusers import ModelMixin
 from torch import nn
 from transformers import PreTrainedModel
@@ -62,6 +65,17 @@ def compile_networks(module: nn.Module, mode: CompileMode, where: str) -> None:
         blocks = [part for part in network.modules() if type(part).__name__ in names] or [network]
         for block in blocks:  # in place: `torch.compile(block)` would put `_orig_mod` into its names
             block.compile(mode=mode)
+
+
+@contextlib.contextmanager
+def as_written(compiled: CompileMode | None) -> Iterator[None]:
+    """Compiled networks run as they are written: evaluation has other sizes, for each of which they would be
+    compiled anew."""
+    if compiled is None:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def _asked(module: nn.Module, where: str) -> list[Any]:

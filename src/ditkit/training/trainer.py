@@ -323,8 +323,8 @@ class Trainer:
             self.ema.store(self.parameters)
             self.ema.copy_to(self.parameters)
         try:
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                yield self.task  # not compiled anew for the sizes of evaluation
+            with torch.no_grad(), networks.as_written(self.run.compile):
+                yield self.task
         finally:
             if self.ema:
                 self.ema.restore(self.parameters)
