@@ -22,12 +22,12 @@ class Recomputing:
 
     _supports_gradient_checkpointing = True
     gradient_checkpointing: bool = False
+    _gradient_checkpointing_func: Any  # set by enable_gradient_checkpointing
 
     def run(self, block: nn.Module, *arguments: Any) -> Tensor:
         """The block's output; recomputed in the backward pass when checkpointing is on."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            checkpoint: Any = self._gradient_checkpointing_func  # set by enable_gradient_checkpointing
-            return checkpoint(block, *arguments)
+            return self._gradient_checkpointing_func(block, *arguments)
         return block(*arguments)
 
 

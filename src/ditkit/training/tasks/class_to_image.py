@@ -243,7 +243,7 @@ class ClassToImageTask(Task):
         Args:
             steps: of drawing; None: `preview_steps`.
         """
-        steps = steps or self.options.preview_steps
+        taken: int = steps or self.options.preview_steps
         start = torch.randn(len(classes), *self.samples.shape[1:], generator=generator)
         start, classes = start.to(self.samples.device), classes.to(self.samples.device)
 
@@ -251,10 +251,10 @@ class ClassToImageTask(Task):
             return self.model(state, t, classes, return_dict=False)[0].float()
 
         if isinstance(self.process, GaussianDiffusion):
-            process = self._gaussian(str(steps))
+            process = self._gaussian(str(taken))
             *_, images = trajectory(process, network, start, generator=generator)
         else:
-            images = sample_ode(self.process, network, start, method="euler", points=steps + 1)[-1]
+            images = sample_ode(self.process, network, start, method="euler", points=taken + 1)[-1]
         if self.autoencoder is not None:
             images = decode_pictures(self.autoencoder, images)
         return images
