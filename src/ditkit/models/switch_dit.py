@@ -35,6 +35,8 @@ from ditkit.registry import Paper, register
 class Mixture(nn.Module):
     """The mask of a block: one plus the gated outputs of the k chosen experts."""
 
+    _called_outside_block = ("f_gate",)  # by the loss on the routers' choices
+
     def __init__(self, width: int, num_experts: int, active: int) -> None:
         super().__init__()
         self.active = active

@@ -45,7 +45,8 @@ def shard(module: nn.Module, device: torch.device, processes: int) -> Any:
 
     Args:
         module: on its device, the same in all processes; its networks name the classes of their blocks
-            (`_no_split_modules`, as in diffusers and transformers).
+            (`_no_split_modules`, as in diffusers and transformers); a part of a block names those of its
+            modules that are called while the block does not run (`_called_outside_block`).
         device: of this process.
         processes: how many there are.
 
@@ -56,8 +57,10 @@ def shard(module: nn.Module, device: torch.device, processes: int) -> Any:
     frozen = {parameter for parameter in module.parameters() if not parameter.requires_grad}
     blocks = {name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}
     for part in reversed(list(module.modules())[1:]):  # the inner ones before those around them
-        if type(part).__name__ in blocks and any(p.requires_grad for p in part.parameters()):
-            fully_shard(part, mesh=mesh, ignored_params=frozen)
+        units = [part.get_submodule(name) for name in getattr(part, "_called_outside_block", ())]
+        for unit in [*units, part] if type(part).__name__ in blocks else units:
+            if any(parameter.requires_grad for parameter in unit.parameters()):
+                fully_shard(unit, mesh=mesh, ignored_params=frozen)
     return fully_shard(module, mesh=mesh, ignored_params=frozen)
 
 
