@@ -403,6 +403,11 @@ class Trainer:
         if saved is None:
             self._forget_records_after(0)
             return
+        if set(saved.tensors.get("model", self.names)) != set(self.names):
+            raise TrainingError(
+                f"{self.run.name}: the checkpoint in {self.folder} is of another model, or of objectives "
+                "with other parameters; choose another output"
+            )
         wanted = {"model", "rng", *(["ema"] if self.ema else ())}
         wanted |= {f"optimizer-{index}" for index in range(len(self.optimizers))}
         facts = {"optimizers", "data_position", *(["ema"] if self.ema else ())}
@@ -410,11 +415,6 @@ class Trainer:
             raise TrainingError(
                 f"{self.run.name}: the checkpoint in {self.folder} has no {' and no '.join(missing)}: the "
                 "run had other settings; choose another output"
-            )
-        if set(saved.tensors["model"]) != set(self.names):
-            raise TrainingError(
-                f"{self.run.name}: the checkpoint in {self.folder} is of another model, or of objectives "
-                "with other parameters; choose another output"
             )
         with torch.no_grad():
             for name, parameter in zip(self.names, self.parameters, strict=True):
