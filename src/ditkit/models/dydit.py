@@ -44,7 +44,12 @@ def multiply_adds(tokens: int, width: int, hidden_width: int) -> tuple[int, int]
 
 
 def priced(
-    heads: Tensor | None, groups: Tensor | None, tokens: Tensor | None, attention: float, mlp: float, like: Tensor
+    heads: Tensor | None,
+    groups: Tensor | None,
+    tokens: Tensor | None,
+    attention: float,
+    mlp: float,
+    like: Tensor,
 ) -> Choice:
     """What a choice of heads and groups (B, H) and tokens (B, T, 1) spends of a block's multiply-adds:
     `mean_h(heads) attention + mean_h(groups) mean_t(tokens) mlp`; `like` (B, ...) where there is no choice."""
@@ -53,7 +58,11 @@ def priced(
     of_mlp = one if groups is None else groups.float().mean(1)
     if tokens is not None:
         of_mlp = of_mlp * tokens.float().mean((1, 2))
-    return Choice(of_attention * attention + of_mlp * mlp, attention + mlp, heads, groups, tokens)
+    least = attention / (1 if heads is None else heads.shape[1])
+    if tokens is None:
+        least += mlp / (1 if groups is None else groups.shape[1])
+    spent = of_attention * attention + of_mlp * mlp
+    return Choice(spent, attention + mlp, least, heads, groups, tokens)
 
 
 def budget_loss(ratio: Tensor, target: float) -> Tensor:
@@ -246,7 +255,10 @@ def dydit(variant: str | None = None, **config: Any) -> DyDiT:
 
 def _infer(state: State, options: Mapping[str, Any]) -> Settings:
     settings = dit.infer(state, options)
-    if settings.get("num_heads") is None and (router := state.get("blocks.0.attn_rate.router.bias")) is not None:
+    if (
+        settings.get("num_heads") is None
+        and (router := state.get("blocks.0.attn_rate.router.bias")) is not None
+    ):
         settings["num_heads"] = len(router) + 1
     if not any(".attn_rate." in name for name in state):
         settings["width_bias"] = None

@@ -100,12 +100,14 @@ class Choice:
     Args:
         spent: multiply-adds of the chosen parts, (B,); passes gradients on to the routers.
         whole: multiply-adds of all parts.
+        least: multiply-adds of those that always run.
         heads, groups: (B, H); None: all run.
         tokens: (B, T, 1); None: all run.
     """
 
     spent: Tensor
     whole: float
+    least: float
     heads: Tensor | None = None
     groups: Tensor | None = None
     tokens: Tensor | None = None
@@ -140,7 +142,9 @@ class Choosing:
         key = (block, part)
         if key not in self._drawn:
             shape = scores.shape[1:]
-            uniform = torch.rand(scores.shape, device=scores.device) if self.draw is None else self.draw(*shape)
+            uniform = (
+                torch.rand(scores.shape, device=scores.device) if self.draw is None else self.draw(*shape)
+            )
             self._drawn[key] = logistic(uniform).to(scores)
         return binarise(scores, self._drawn[key], temperature)
 
@@ -154,6 +158,10 @@ class Choosing:
             raise ValueError("no block has chosen: the model is not dynamic, or was not run")
         spent = torch.stack([choice.spent for choice in self.made.values()]).sum(0)
         return spent / sum(choice.whole for choice in self.made.values())
+
+    def least(self) -> float:
+        """What `ratio` can't fall below."""
+        return sum(c.least for c in self.made.values()) / sum(c.whole for c in self.made.values())
 
     def tokens(self) -> Tensor | None:
         """The share of tokens that each block chose for each sample, (B, N); None where all always run."""
@@ -299,9 +307,7 @@ class DynamicMlp(Mlp):
         return F.linear(self.act(F.linear(hidden_states, first, bias)), last, self.fc2.bias)
 
 
-def on_tokens(
-    tokens: Tensor | None, hidden_states: Tensor, run: Callable[[Tensor], Tensor]
-) -> Tensor:
+def on_tokens(tokens: Tensor | None, hidden_states: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
     """`run` on the chosen tokens (B, T, 1) of (B, T, D) alone, gathered as (1, K, D); 0 for the others."""
     chosen = None if tokens is None or tokens.is_meta else tokens.flatten() > 0.5
     if chosen is None or bool(chosen.all()):
