@@ -46,8 +46,8 @@ def budget(case: dict[str, Any], masks: Tensors) -> tuple[Tensor, Tensor]:
         parts = (masks[name][:, index] for name in ("attn_mask", "mlp_mask", "token_mask"))
         costs = (case["attn_gflops"], case["mlp_gflops"])
         seen.made[torch.nn.Identity()] = priced(*parts, *costs, like=masks["attn_mask"])
-    ratio = seen.ratio()
-    return ratio.mean(), 2.0 * budget_loss(ratio, case["target_ratio"])
+    ratio = seen.ratio().mean()
+    return ratio, 2.0 * budget_loss(ratio, case["target_ratio"])
 
 
 def loss_outputs(case: dict[str, Any], tensors: Tensors, path: Path, masked: bool) -> Tensors:

@@ -2,12 +2,12 @@
 
 "Dynamic Diffusion Transformer", arXiv 2410.03456, and "DyDiT++: Dynamic Diffusion Transformers for Efficient
 Visual Generation", arXiv 2504.06803. In each block the timestep's embedding, without the class, chooses heads
-and groups of the MLP's channels, as many as heads, the first always on (TDW); the tokens behind the attention
-choose themselves which of them run through the MLP (SDT). A trained DiT is fine-tuned to a budget of
-multiply-adds (the objective `dydit`). The authors' code masks only; here inference computes what is chosen and
-nothing else, and the cost is a formula instead of a table. Samples of a batch with other timesteps run in
-groups of equal width. The authors' flow-matching variant is not released: `DySiT` gives the routers the
-embedding of SiT's time (inferred). `dydit_flux` holds the text-to-picture variant.
+and groups of the MLP's channels, as many as heads, the first always on (TDW); tokens behind the attention
+choose whether they run through the MLP (SDT). A trained DiT is fine-tuned to a budget of multiply-adds (the
+objective `dydit`). The authors' code masks only; here inference computes what is chosen and nothing else, and
+the cost is a formula instead of a table. Samples of a batch with other timesteps run in groups of equal width.
+The authors' flow-matching variant is not released: `DySiT` gives the routers the embedding of SiT's time
+(inferred). `dydit_flux` holds the text-to-picture variant.
 
 Dimensions: B batch, T tokens, D width, H heads, N blocks.
 """
@@ -51,8 +51,10 @@ def priced(
     mlp: float,
     like: Tensor,
 ) -> Choice:
-    """What a choice of heads and groups (B, H) and tokens (B, T, 1) spends of a block's multiply-adds:
-    `mean_h(heads) attention + mean_h(groups) mean_t(tokens) mlp`; `like` (B, ...) where there is no choice."""
+    """What a choice of heads and groups (B, H) and tokens (B, T, 1) spends of a block's multiply-adds.
+
+    `mean_h(heads) attention + mean_h(groups) mean_t(tokens) mlp`, for each sample of `like`, (B, ...).
+    """
     one = like.new_ones(len(like), dtype=torch.float32)
     of_attention = one if heads is None else heads.float().mean(1)
     of_mlp = one if groups is None else groups.float().mean(1)
@@ -66,8 +68,8 @@ def priced(
 
 
 def budget_loss(ratio: Tensor, target: float) -> Tensor:
-    """How far the mean over a batch of the share (B,) of the multiply-adds is from a target, squared."""
-    return (ratio.mean() - target).square()
+    """How far the mean share of the multiply-adds of a batch, a scalar, is from a target, squared."""
+    return (ratio - target).square()
 
 
 class DyDiTBlock(DiTBlock):

@@ -1,11 +1,11 @@
 """DyFLUX: a FLUX transformer in which image tokens choose whether they run through a block's feed-forward.
 
-The text-to-picture variant of "DyDiT++: Dynamic Diffusion Transformers for Efficient Visual Generation", arXiv
-2504.06803; `dydit` holds the class-conditional one. A router in each block scores the image tokens by the
-embedding of time and pooled text and by the mean of the text tokens. In a double block the others skip the image's
-feed-forward; in a single block, whose attention reads every token, they skip the output projection and the MLP, and
-so keep what they were. Text always runs. Weights are those of diffusers' class and of the routers, under the
-authors' names. Only tokens are chosen, as in the released code; the chosen ones are gathered in inference.
+The text-to-picture variant of "DyDiT++: Dynamic Diffusion Transformers for Efficient Visual Generation",
+arXiv 2504.06803; `dydit` holds the class-conditional one. A router in each block scores the image tokens by
+the embedding of time and pooled text and by the mean of the text tokens. In a double block the others skip the
+image's feed-forward; in a single block, whose attention reads every token, they skip the output projection and
+the MLP, and so keep what they were. Text always runs. Weights are those of diffusers' class and of the
+routers, under the authors' names. Only tokens are chosen, as in the released code; inference gathers them.
 
 Dimensions: B batch, L image tokens, S text tokens, D width, R hidden channels.
 """
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ditkit.models.dynamic import Choice, Choosing, on_tokens
 
 CHOOSING = "choosing"
-"""The key of `joint_attention_kwargs` by which blocks learn how to choose: FLUX hands it on to all of them."""
+"""The key of `joint_attention_kwargs`, which FLUX hands on to all blocks, by which they learn how to choose."""
 
 
 class JointTokenRouter(nn.Module):
@@ -106,8 +106,8 @@ class DyFluxTransformerBlock(FluxTransformerBlock, _Chooses):
         )
         image = image + gate.unsqueeze(1) * attended
         text = text + gate_text.unsqueeze(1) * attended_text
-        # Which tensors of this block the released router reads is not told by its numbers; here it is those that
-        # the feed-forwards read, before their norms, as in a DiT.
+        # The authors' numbers do not tell which tensors of this block the router reads; here it is those
+        # that the feed-forwards read, before their norms, as in a DiT.
         tokens = self._tokens(choosing, image, text, temb)
         if tokens is not None:
             choosing.made[self] = self._cost(image.shape, text.shape[1], tokens)

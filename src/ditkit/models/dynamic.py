@@ -1,9 +1,9 @@
 """Blocks that choose how much of themselves they run: heads, groups of hidden channels, tokens.
 
 A router scores the parts; scores become 0 and 1 (`binarise`). Training multiplies what is computed by them
-(the masked form), so that the routers get gradients; inference computes only what is chosen (the sliced form):
-rows of the weights, gathered tokens. Both give the same output. Samples of a batch that choose the same parts
-run together, the others one group after the other, so that a sample never depends on its neighbours.
+(the masked form), so that the routers get gradients; inference computes only what is chosen (the sliced
+form): rows of the weights, gathered tokens. Both give the same output. Samples of a batch that choose the same
+parts run together, the others one group after the other, so that a sample never depends on its neighbours.
 
 Dimensions: B batch, T tokens, D width, H heads and groups of hidden channels, E = D/H, R hidden channels.
 """

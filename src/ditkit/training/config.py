@@ -22,12 +22,15 @@ class ConfigError(ValueError):
 
 
 class OptimizerConfig(Section):
+    """`skip_grad_norm`: updates whose gradient is longer than this, before clipping, are left out and counted."""
+
     kind: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0)
     eps: float = Field(default=1e-8, gt=0)
     clip_grad_norm: float | None = Field(default=None, gt=0)
+    skip_grad_norm: float | None = Field(default=None, gt=0)
 
 
 class ScheduleConfig(Section):

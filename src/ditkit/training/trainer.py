@@ -184,11 +184,15 @@ class Trainer:
                 with accelerator.autocast():
                     losses = self.model(indices[rows].to(accelerator.device), noise)
                 accelerator.backward(losses["loss"])
+                skipped = accelerator.sync_gradients and self._too_long()
                 if accelerator.sync_gradients and run.optimizer.clip_grad_norm:
                     accelerator.clip_grad_norm_(self.clipped, run.optimizer.clip_grad_norm)
                 for optimizer in self.optimizers:
-                    optimizer.step()
+                    if not skipped:
+                        optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
+                if run.optimizer.skip_grad_norm:
+                    totals["skipped"] = torch.tensor(float(skipped))
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0) + value.detach().float() / run.accumulation
         if self.ema:
@@ -201,6 +205,11 @@ class Trainer:
                 "Lower optimizer.lr or clip gradients."
             )
         return totals
+
+    def _too_long(self) -> bool:
+        """Whether the gradient is longer than `skip_grad_norm` allows; then it is spoilt by clipping."""
+        limit = self.run.optimizer.skip_grad_norm
+        return limit is not None and not float(self.accelerator.clip_grad_norm_(self.clipped, limit)) <= limit
 
     def _set_learning_rate(self) -> None:
         """The schedule is a function of the step, so it has no state to save."""

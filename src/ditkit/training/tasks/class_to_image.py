@@ -144,7 +144,7 @@ class ClassToImageTask(Task):
         epsilon = noise.normal(*self.samples.shape[1:])  # (B, C, H, W)
         uniform = self.objectives.times(noise.uniform(), noise)  # (B,)
         wanted = self.objectives.reads(noise.step, noise.step / self.run.steps)
-        with reading(self.model, wanted) as inside:
+        with self.objectives.around(self.model, noise), reading(self.model, wanted) as inside:
             step = self._step(self.samples[indices], self.labels[indices], epsilon, uniform, noise)
 
         def pictures() -> torch.Tensor:
@@ -180,21 +180,24 @@ class ClassToImageTask(Task):
         dropped = (noise.uniform() < self.options.class_dropout).long()  # (B,)
         if self.model.y_embedder.dropout <= 0:
             dropped = None
+        process, times = self.process, uniform
+        if isinstance(process, GaussianDiffusion):
+            times = (uniform * process.num_steps).long()
         seen: list[Any] = []
 
         def network(state: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             result = self.model(state, t, labels, force_drop_ids=dropped)
             output = result.sample.float()
             stages = getattr(result, "stages", None)
-            seen.extend((state, t, output, [output] if stages is None else [s.float() for s in stages]))
+            seen[:] = state, t, output, [output] if stages is None else [s.float() for s in stages]
             return output
 
-        if isinstance(self.process, GaussianDiffusion):
-            times = (uniform * self.process.num_steps).long()
-            losses = self.process.training_losses(network, clean, times, epsilon)
-        else:
-            times = uniform
-            losses = self.process.training_losses(network, clean, epsilon, times)
+        def losses() -> dict[str, torch.Tensor]:
+            if isinstance(process, GaussianDiffusion):
+                return process.training_losses(network, clean, times, epsilon)
+            return process.training_losses(network, clean, epsilon, times)
+
+        first = losses()
         noisy, model_timestep, output, outputs = seen
         return TrainingStep(
             model=self.model,
@@ -210,8 +213,9 @@ class ClassToImageTask(Task):
             dropped=dropped,
             output=output,
             outputs=outputs,
-            losses=losses,
+            losses=first,
             draws=noise,
+            again=losses,
         )
 
     def heldout_loss(self, seed: int | None = None) -> dict[str, float]:
