@@ -24,7 +24,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "sit": SMALL_DIT,
     **{
         name: {key: value for key, value in CASES[name].tiny.items() if key not in FROM_DATA}
-        for name in ("dico", "dtr", "switch-dit", "lit", "pt-dit", "dimr", "lamamba-diff")
+        for name in ("dico", "dtr", "dydit", "switch-dit", "lit", "pt-dit", "dimr", "lamamba-diff")
     },
 }
 MODELS["dico"]["depth"] = list(MODELS["dico"]["depth"])

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ditkit import models
-from ditkit.models.dydit import budget_loss, priced
+from ditkit.models.dydit import budget_loss
 from ditkit.models.dydit_flux import DyFluxTransformer2DModel
-from ditkit.models.dynamic import Choosing, binarise, choosing
+from ditkit.models.dynamic import Choice, Choosing, binarise, choosing
 from ditkit.processes import GaussianDiffusion
 from golden import cases, compare, load, part, read, record
 
@@ -43,9 +43,9 @@ def budget(case: dict[str, Any], masks: Tensors) -> tuple[Tensor, Tensor]:
     """Ratio and loss of the masks of all blocks: heads and groups (B, N, H), tokens (B, N, T, 1)."""
     seen = Choosing()
     for index in range(case["depth"]):
-        parts = (masks[name][:, index] for name in ("attn_mask", "mlp_mask", "token_mask"))
-        costs = (case["attn_gflops"], case["mlp_gflops"])
-        seen.made[torch.nn.Identity()] = priced(*parts, *costs, like=masks["attn_mask"])
+        heads, groups, tokens = (masks[f"{name}_mask"][:, index] for name in ("attn", "mlp", "token"))
+        costs = (0, case["attn_gflops"], case["mlp_gflops"])
+        seen.made[torch.nn.Identity()] = Choice(*costs, len(heads), heads, groups, tokens)
     ratio = seen.ratio().mean()
     return ratio, 2.0 * budget_loss(ratio, case["target_ratio"])
 

@@ -1,4 +1,4 @@
-"""The budget of a dynamic network: its numbers, its training, that resuming and sharing a batch change nothing."""
+"""The budget of a dynamic network: its numbers, its training, and that resuming changes nothing."""
 
 from __future__ import annotations
 

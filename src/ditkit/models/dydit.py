@@ -5,9 +5,9 @@ Visual Generation", arXiv 2504.06803. In each block the timestep's embedding, wi
 and groups of the MLP's channels, as many as heads, the first always on (TDW); tokens behind the attention
 choose whether they run through the MLP (SDT). A trained DiT is fine-tuned to a budget of multiply-adds (the
 objective `dydit`). The authors' code masks only; here inference computes what is chosen and nothing else, and
-the cost is a formula instead of a table. Samples of a batch with other timesteps run in groups of equal width.
-The authors' flow-matching variant is not released: `DySiT` gives the routers the embedding of SiT's time
-(inferred). `dydit_flux` holds the text-to-picture variant.
+the cost is a formula instead of a table. Samples of a batch with other timesteps run in groups of equal
+width. The authors' flow-matching variant is not released: `DySiT` gives the routers the embedding of SiT's
+time (inferred). `dydit_flux` holds the text-to-picture variant.
 
 Dimensions: B batch, T tokens, D width, H heads, N blocks.
 """
@@ -41,30 +41,6 @@ from ditkit.registry import Paper, register
 def multiply_adds(tokens: int, width: int, hidden_width: int) -> tuple[int, int]:
     """Of a block's attention, T 4 D^2 + 2 T^2 D, and of its MLP, 2 T D R, for one sample."""
     return tokens * 4 * width**2 + 2 * tokens**2 * width, 2 * tokens * width * hidden_width
-
-
-def priced(
-    heads: Tensor | None,
-    groups: Tensor | None,
-    tokens: Tensor | None,
-    attention: float,
-    mlp: float,
-    like: Tensor,
-) -> Choice:
-    """What a choice of heads and groups (B, H) and tokens (B, T, 1) spends of a block's multiply-adds.
-
-    `mean_h(heads) attention + mean_h(groups) mean_t(tokens) mlp`, for each sample of `like`, (B, ...).
-    """
-    one = like.new_ones(len(like), dtype=torch.float32)
-    of_attention = one if heads is None else heads.float().mean(1)
-    of_mlp = one if groups is None else groups.float().mean(1)
-    if tokens is not None:
-        of_mlp = of_mlp * tokens.float().mean((1, 2))
-    least = attention / (1 if heads is None else heads.shape[1])
-    if tokens is None:
-        least += mlp / (1 if groups is None else groups.shape[1])
-    spent = of_attention * attention + of_mlp * mlp
-    return Choice(spent, attention + mlp, least, heads, groups, tokens)
 
 
 def budget_loss(ratio: Tensor, target: float) -> Tensor:
@@ -120,7 +96,7 @@ class DyDiTBlock(DiTBlock):
             scores = self.token_selection(hidden_states)
             tokens = choosing.choose(self, "tokens", scores, self.temperature)  # (B, T, 1)
         costs = multiply_adds(hidden_states.shape[1], hidden_states.shape[2], self.mlp.fc1.out_features)
-        choosing.made[self] = priced(heads, groups, tokens, *costs, like=hidden_states)
+        choosing.made[self] = Choice(0, *costs, len(hidden_states), heads, groups, tokens)
         transformed = self.mlp(
             modulate(self.norm2(hidden_states), shift_mlp, scale_mlp), groups, tokens, masked
         )
@@ -231,7 +207,9 @@ def inherit(static: DiT, **config: Any) -> DyDiT:
     if left.unexpected_keys or any(not name.split(".")[2].startswith(routers) for name in left.missing_keys):
         raise ValueError(f"config={config} changes the blocks that are inherited")
     moved: Any = model  # diffusers' `to` has no signature that a type checker understands
-    return moved.to(static.device, static.dtype).train(static.training)
+    if static.dtype != model.dtype:
+        moved.to(static.dtype)
+    return moved.to(static.device).train(static.training)
 
 
 # --- in the registry ----------------------------------------------------------------------------------

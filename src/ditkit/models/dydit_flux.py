@@ -2,10 +2,11 @@
 
 The text-to-picture variant of "DyDiT++: Dynamic Diffusion Transformers for Efficient Visual Generation",
 arXiv 2504.06803; `dydit` holds the class-conditional one. A router in each block scores the image tokens by
-the embedding of time and pooled text and by the mean of the text tokens. In a double block the others skip the
-image's feed-forward; in a single block, whose attention reads every token, they skip the output projection and
-the MLP, and so keep what they were. Text always runs. Weights are those of diffusers' class and of the
-routers, under the authors' names. Only tokens are chosen, as in the released code; inference gathers them.
+the embedding of time and pooled text and by the mean of the text tokens. In a double block the others skip
+the image's feed-forward; in a single block, whose attention reads every token, they skip the output
+projection and the MLP, and so keep what they were. Text always runs. Weights are those of diffusers' class
+and of the routers, under the authors' names. Only tokens are chosen, as in the released code; inference
+gathers them.
 
 Dimensions: B batch, L image tokens, S text tokens, D width, R hidden channels.
 """
@@ -16,7 +17,10 @@ import functools
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel, ModelMixin  # noqa: F401  (a saved pipeline looks for the latter here)
+from diffusers import (
+    FluxTransformer2DModel,
+    ModelMixin,  # noqa: F401  (a saved pipeline looks for it beside the model's class)
+)
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
@@ -24,7 +28,7 @@ from torch import Tensor, nn
 from ditkit.models.dynamic import Choice, Choosing, on_tokens
 
 CHOOSING = "choosing"
-"""The key of `joint_attention_kwargs`, which FLUX hands on to all blocks, by which they learn how to choose."""
+"""The key of `joint_attention_kwargs` by which blocks learn how to choose: FLUX hands those on to all."""
 
 
 class JointTokenRouter(nn.Module):
@@ -123,12 +127,11 @@ class DyFluxTransformerBlock(FluxTransformerBlock, _Chooses):
         return text, image
 
     def _cost(self, image: torch.Size, words: int, tokens: Tensor) -> Choice:
-        _, length, width = image
+        batch, length, width = image
         total = length + words
         feed_forward = 2 * width * self.ff.net[2].in_features  # for each token
         always = 4 * total * width**2 + 2 * total**2 * width + words * feed_forward
-        chosen = tokens.float().mean((1, 2)) * length * feed_forward
-        return Choice(always + chosen, always + length * feed_forward, always, tokens=tokens)
+        return Choice(always, 0, length * feed_forward, batch, tokens=tokens)
 
 
 class DyFluxSingleTransformerBlock(FluxSingleTransformerBlock, _Chooses):
@@ -172,12 +175,11 @@ class DyFluxSingleTransformerBlock(FluxSingleTransformerBlock, _Chooses):
         return self.proj_out(torch.cat([attended, hidden], dim=-1))
 
     def _cost(self, image: torch.Size, words: int, tokens: Tensor) -> Choice:
-        _, length, width = image
+        batch, length, width = image
         total = length + words
         rest = width**2 + 2 * width * self.mlp_hidden_dim  # for each token
         always = 3 * total * width**2 + 2 * total**2 * width + words * rest
-        chosen = tokens.float().mean((1, 2)) * length * rest
-        return Choice(always + chosen, always + length * rest, always, tokens=tokens)
+        return Choice(always, 0, length * rest, batch, tokens=tokens)
 
 
 def _modulated(states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -256,4 +258,6 @@ def inherit(static: FluxTransformer2DModel, **config: Any) -> DyFluxTransformer2
     if left.unexpected_keys or any(".token_selection." not in name for name in left.missing_keys):
         raise ValueError(f"config={config} changes the blocks that are inherited")
     moved: Any = model  # diffusers' `to` has no signature that a type checker understands
-    return moved.to(static.device, static.dtype).train(static.training)
+    if static.dtype != model.dtype:
+        moved.to(static.dtype)
+    return moved.to(static.device).train(static.training)

@@ -2,8 +2,9 @@
 
 A router scores the parts; scores become 0 and 1 (`binarise`). Training multiplies what is computed by them
 (the masked form), so that the routers get gradients; inference computes only what is chosen (the sliced
-form): rows of the weights, gathered tokens. Both give the same output. Samples of a batch that choose the same
-parts run together, the others one group after the other, so that a sample never depends on its neighbours.
+form): rows of the weights, gathered tokens. Both give the same output. Samples of a batch that choose the
+same parts run together, the others one group after the other, so that a sample never depends on its
+neighbours.
 
 Dimensions: B batch, T tokens, D width, H heads and groups of hidden channels, E = D/H, R hidden channels.
 """
@@ -93,24 +94,54 @@ class TokenRouter(nn.Module):
 # --- how a forward chooses, and what it chose -----------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Choice:
-    """What a block chose for each sample, and what that costs.
+    """What a block chose for each sample, and what its parts cost.
 
     Args:
-        spent: multiply-adds of the chosen parts, (B,); passes gradients on to the routers.
-        whole: multiply-adds of all parts.
-        least: multiply-adds of those that always run.
+        always: multiply-adds of what runs in any case, for one sample.
+        attention: of all heads.
+        mlp: of all groups on all tokens.
+        samples: B.
         heads, groups: (B, H); None: all run.
         tokens: (B, T, 1); None: all run.
     """
 
-    spent: Tensor
-    whole: float
-    least: float
+    always: float
+    attention: float
+    mlp: float
+    samples: int
     heads: Tensor | None = None
     groups: Tensor | None = None
     tokens: Tensor | None = None
+
+    @property
+    def whole(self) -> float:
+        """Multiply-adds of all parts."""
+        return self.always + self.attention + self.mlp
+
+    @property
+    def least(self) -> float:
+        """Multiply-adds of no more than what can't be left out."""
+        least = self.always + self.attention / (1 if self.heads is None else self.heads.shape[1])
+        if self.tokens is None:
+            least += self.mlp / (1 if self.groups is None else self.groups.shape[1])
+        return least
+
+    @property
+    def spent(self) -> Tensor:
+        """Multiply-adds of the chosen parts, (B,); the gradient goes to the routers.
+
+        `always + mean_h(heads) attention + mean_h(groups) mean_t(tokens) mlp`.
+        """
+        attention = _share(self.heads) * self.attention
+        spent = self.always + attention + _share(self.groups) * _share(self.tokens) * self.mlp
+        return torch.as_tensor(spent).expand(self.samples)
+
+
+def _share(parts: Tensor | None) -> Tensor | float:
+    """How much of (B, ...) is chosen, (B,)."""
+    return 1.0 if parts is None else parts.float().flatten(1).mean(1)
 
 
 @dataclass
@@ -315,4 +346,4 @@ def on_tokens(tokens: Tensor | None, hidden_states: Tensor, run: Callable[[Tenso
     places = chosen.nonzero()[:, 0]
     states = run(hidden_states.flatten(0, 1).index_select(0, places)[None])[0]  # (K, D)
     output = states.new_zeros(hidden_states.shape[0] * hidden_states.shape[1], states.shape[-1])
-    return output.index_copy(0, places, states).unflatten(0, hidden_states.shape[:2])
+    return output.index_copy_(0, places, states).unflatten(0, hidden_states.shape[:2])

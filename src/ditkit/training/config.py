@@ -22,7 +22,7 @@ class ConfigError(ValueError):
 
 
 class OptimizerConfig(Section):
-    """`skip_grad_norm`: updates whose gradient is longer than this, before clipping, are left out and counted."""
+    """`skip_grad_norm`: updates whose gradient, not clipped yet, is longer are left out and counted."""
 
     kind: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(default=1e-4, gt=0)

@@ -135,8 +135,8 @@ class Objective(nn.Module):
 
     Attributes:
         claims: what only one objective may do: "times", "error", "alignment" with a vision transformer.
-        plain: whether of a step it needs the network, the losses, `draws` and `again` alone, so that tasks whose
-            conditions are no labels take it too.
+        plain: whether of a step it needs the network, the losses, `draws` and `again` alone, so that tasks
+            whose conditions are no labels take it too.
         learning_rate: of its own parameters, without weight decay; None: as the run's.
     """
 

@@ -4,9 +4,9 @@
 the loss of the network as it chooses, `weight` (mean ratio - lambda)^2 of the multiply-adds that it spends
 over a batch, and the loss of the complete network, in which everything runs. lambda comes down from 1. Each
 batch holds all quarters of the schedule alike, since the budget is one on average over them. The authors skip
-steps whose gradient is large: `optimizer.skip_grad_norm` of the run. Their least share of tokens has weight 0;
-its form here, a mean over blocks and samples, is inferred. The budget is one of the whole batch; of a batch in
-several accumulation steps it is one of each of them.
+steps whose gradient is large: `optimizer.skip_grad_norm` of the run. Their least share of tokens has weight
+0; its form here, a mean over blocks and samples, is inferred. The budget is one of the whole batch; of a
+batch in several accumulation steps it is one of each of them.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class DyDiTBudget(Objective):
         super().__init__(options, setting)
         if not hasattr(setting.model, "choosing"):
             raise ValueError(
-                f"the blocks of a {type(setting.model).__name__} choose nothing; train a dydit, or start with "
-                "`ditkit compress --method dydit`"
+                f"the blocks of a {type(setting.model).__name__} choose nothing; train a dydit, or start "
+                "with `ditkit compress --method dydit`"
             )
         self.claims = frozenset({"times"} if options.quarters else ())
         self.chosen = Choosing()
@@ -94,9 +94,9 @@ class DyDiTBudget(Objective):
     def terms(self, step: TrainingStep) -> dict[str, Term]:
         options, ratio = self.options, self.chosen.ratio()
         if options.flops < self.chosen.least():
+            least = self.chosen.least()
             raise ValueError(
-                f"dydit.flops={options.flops}: what always runs spends {self.chosen.least():.3f} already; ask for "
-                "more"
+                f"dydit.flops={options.flops}: what always runs spends {least:.3f} already; ask for more"
             )
         budget = budget_loss(everywhere(ratio.mean()), target(options, step.step))
         terms = {"budget": Term(budget, options.weight), "flops": Term(ratio.detach(), 0.0)}
