@@ -112,6 +112,7 @@ def compress(run: RunConfig, out: Path, resume: bool = False) -> Path:
     parts = sorted((folder / "export").iterdir(), key=lambda part: part.name == last.name)
     for part in parts:  # the index last: without it there is no pipeline
         part.rename(out / part.name)
+    (folder / "export").rmdir()
     return out
 
 
