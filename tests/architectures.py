@@ -171,7 +171,7 @@ CASES: dict[str, Case] = {
                 Published("dydit-sit-xl/2", 678_424_644),
             ),
             fixed=frozenset({"pos_embed"}),
-            told={"num_heads": 4},
+            told={"width_bias": 0.3, "token_bias": 0.0},
         ),
         Case(
             "switch-dit",
