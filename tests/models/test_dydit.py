@@ -45,7 +45,8 @@ def network(kind: str) -> tuple[Any, Any]:
     """A model that chooses about half, and a function that runs it on samples `rows` of a batch of six."""
     if kind == "flux":
         tiny = TINY["FluxTransformer2DModel"]
-        model = dydit_flux.inherit(tiny.model(), token_bias=0.0).eval()
+        transformer: Any = tiny.model()
+        model = dydit_flux.inherit(transformer, token_bias=0.0).eval()
         batch = tiny.inputs(6)
         batch["timestep"] = torch.linspace(0.1, 0.9, 6)
         shared = ("img_ids", "txt_ids")
@@ -148,6 +149,7 @@ def test_starts_as_the_static_network(cls: type[DiT], kind: type[DyDiT]) -> None
     assert type(model) is kind
     batch = inputs(before)
     assert torch.equal(model(*batch).sample, before(*batch).sample)
+    block: Any
     for block in model.blocks:
         assert isinstance(block.attn_rate, WidthRouter)
         assert (block.attn_rate.router.bias == 15).all() and (block.mlp_rate.router.bias == 15).all()
@@ -160,8 +162,8 @@ def test_starts_as_the_static_network(cls: type[DiT], kind: type[DyDiT]) -> None
 @torch.no_grad()
 def test_flux_starts_as_the_static_network() -> None:
     tiny = TINY["FluxTransformer2DModel"]
-    before = tiny.model()
-    model = dydit_flux.inherit(before)
+    before: Any = tiny.model()
+    model: Any = dydit_flux.inherit(before)
     assert torch.equal(model(**tiny.inputs(2)).sample, before(**tiny.inputs(2)).sample)
     for block in model.transformer_blocks:
         assert block.token_selection.router.bias.item() == 5.0

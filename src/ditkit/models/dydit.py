@@ -71,10 +71,9 @@ class DyDiTBlock(DiTBlock):
         self.temperature = temperature
         self.attn = DynamicAttention(width, num_heads)
         self.mlp = DynamicMlp(width, int(width * mlp_ratio), num_heads)
-        by_time, by_token = width_bias is not None, token_bias is not None
-        self.attn_rate = WidthRouter(width, num_heads, width_bias) if by_time else None
-        self.mlp_rate = WidthRouter(width, num_heads, width_bias) if by_time else None
-        self.token_selection = TokenRouter(width, token_bias) if by_token else None
+        self.attn_rate = None if width_bias is None else WidthRouter(width, num_heads, width_bias)
+        self.mlp_rate = None if width_bias is None else WidthRouter(width, num_heads, width_bias)
+        self.token_selection = None if token_bias is None else TokenRouter(width, token_bias)
 
     def transform(self, hidden_states: Tensor, conditioning: Tensor, *more: Any) -> Tensor:
         """Tokens (B, T, D), conditioning (B, T or 1, D) and `more`: the time's embedding (B, D) and how to

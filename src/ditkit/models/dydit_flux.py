@@ -129,7 +129,8 @@ class DyFluxTransformerBlock(FluxTransformerBlock, _Chooses):
     def _cost(self, image: torch.Size, words: int, tokens: Tensor) -> Choice:
         batch, length, width = image
         total = length + words
-        feed_forward = 2 * width * self.ff.net[2].in_features  # for each token
+        last: Any = self.ff.net[2]
+        feed_forward = 2 * width * last.in_features  # for each token
         always = 4 * total * width**2 + 2 * total**2 * width + words * feed_forward
         return Choice(always, 0, length * feed_forward, batch, tokens=tokens)
 
