@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ditkit import __version__
-from ditkit.cli import bench, compare, convert, data, demo, evaluate, fit, generate, listing, train, tune
+from ditkit.cli import adapt, bench, compare, convert, data, demo, evaluate, fit, generate, listing, train, tune
 from ditkit.cli.common import console, set_debug
 
 app = typer.Typer(
@@ -23,7 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for group in (demo, generate, bench, tune, evaluate, train, compare, fit, listing, data, convert):
+for group in (demo, generate, bench, tune, evaluate, train, adapt, compare, fit, listing, data, convert):
     group.add_to(app)
 
 
