@@ -1,13 +1,13 @@
-"""DiffScaler's claim at a small scale: how near adapters of equal size come to full fine-tuning, and that nothing is
-forgotten.
+"""DiffScaler's claim at a small scale: how near adapters of equal size come to full fine-tuning, and that
+nothing is forgotten.
 
-A small DiT of velocities learns the emoji at 16 x 16 pixels and goes on to Fashion-MNIST's pictures at that size: all
-of it (full), DiffScaler, LoRA and TD-LoRA of as many parameters, and DiffScaler's scales and shifts alone. Each
-learns a table of the ten classes, begun at the null class. Every way has the best of the same three learning rates
-on the first seed (vectors ten times those, as DiffScaler's defaults have it). The held-out error is averaged over
-fixed noises; a claim holds where every seed agrees.
+A small DiT of velocities learns the emoji at 16 x 16 pixels and goes on to Fashion-MNIST's pictures at that
+size: all of it (full), DiffScaler, LoRA and TD-LoRA of as many parameters, and DiffScaler's scales and shifts
+alone. Each learns a table of the ten classes, begun at the null class. Every way has the best of the same
+three learning rates on the first seed (vectors ten times those, as DiffScaler's defaults have it). The
+held-out error is averaged over fixed noises; a claim holds where every seed agrees.
 
-    python -m benchmarks.training.diffscaler FOLDER     # that has fashion900.npz: images (N, 28, 28), labels (N,)
+    python -m benchmarks.training.diffscaler FOLDER  # has fashion900.npz: images (N, 28, 28), labels (N,)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SIDE, SEEDS, NOISES = 16, (0, 1, 2), 8
 PRETRAINING, STEPS, BATCH = 1200, 300, 16
 NETWORK = {"patch_size": 4, "hidden_size": 64, "depth": 4, "num_heads": 4}
 RATES = (1e-3, 3e-3, 1e-2)
-CLASSES = "t-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split()
+CLASSES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"]
 WAYS: dict[str, tuple[str, dict[str, Any]] | None] = {
     "full": None,
     "diffscaler": ("diffscaler", {"rank": 8}),
@@ -78,7 +78,9 @@ def trained(run: RunConfig, folder: Path) -> dict[str, float]:
     return figures
 
 
-def adapted(seed: int, way: str, rate: float, start: Path, data: dict[str, Any], folder: Path) -> dict[str, Any]:
+def adapted(
+    seed: int, way: str, rate: float, start: Path, data: dict[str, Any], folder: Path
+) -> dict[str, Any]:
     """One way of going on from a pretrained pipeline, at one learning rate."""
     more: dict[str, Any] = {"optimizer": {"lr": rate}}
     if (chosen := WAYS[way]) is not None:
@@ -140,16 +142,17 @@ def claims(runs: list[dict[str, Any]], unchanged: bool) -> list[record.Claim]:
         return f"{mean:.4f} ± {spread:.4f} {way} ({sizes[way]:,} parameters, rate {rates[way]:g})"
 
     limit = (
-        f"{len(SEEDS)} seeds, ± their deviation, each must agree; the best of {len(RATES)} rates on the first seed; DiT of width "
-        f"64 and depth 4, emoji to 900 Fashion-MNIST pictures at {SIDE} x {SIDE}, {STEPS} steps of batch {BATCH}; "
-        "the method is a reconstruction from the abstract and secondary sources"
+        f"{len(SEEDS)} seeds, ± their deviation, each agrees; the best of {len(RATES)} rates on the first; "
+        f"DiT of width 64 and depth 4, emoji to 900 Fashion-MNIST pictures at {SIDE} x {SIDE}, {STEPS} steps "
+        f"of batch {BATCH}; the method is a reconstruction from the abstract and secondary sources"
     )
     paper = "arXiv 2404.09976, at a small scale"
     pairs = [
-        ("diffscaler", "full fine-tuning is the floor of DiffScaler's held-out error", "full", "diffscaler", paper),
+        ("diffscaler", "full fine-tuning is the floor of its held-out error", "full", "diffscaler", paper),
         ("diffscaler", "DiffScaler is no worse than LoRA of as many parameters", "diffscaler", "lora", paper),
         ("diffscaler", "LoRA is better than scales and shifts alone", "lora", "scale and shift", paper),
-        ("diffscaler", "DiffScaler is better than scales and shifts alone", "diffscaler", "scale and shift", paper),
+        ("diffscaler", "DiffScaler is better than scales and shifts alone", "diffscaler", "scale and shift",
+         paper),
         ("td-lora", "TD-LoRA is no worse than LoRA of as many parameters", "td-lora", "lora",
          "arXiv 2504.06803, reconstructed, at a small scale"),
     ]  # fmt: skip

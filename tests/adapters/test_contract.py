@@ -47,7 +47,9 @@ def digest(model: nn.Module) -> str:
     """Of every tensor and its name, as if no adapter were there."""
     found = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        if ".base_layer" in name or not any(f".{part}" in name for part in ("lora_", "td_lora_", "diffscaler_")):
+        if ".base_layer" in name or not any(
+            f".{part}" in name for part in ("lora_", "td_lora_", "diffscaler_")
+        ):
             found.update(name.replace(".base_layer", "").encode())
             found.update(value.contiguous().numpy().tobytes())
     return found.hexdigest()
@@ -105,14 +107,18 @@ def test_several_in_one_process_and_in_one_batch(kind: str) -> None:
         alone[name] = answer()
     assert not torch.allclose(alone["one"], alone["two"])
     with per_sample(model, ["one", "two"]):
-        torch.testing.assert_close(answer(), torch.stack([alone["one"][0], alone["two"][1]]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            answer(), torch.stack([alone["one"][0], alone["two"][1]]), rtol=0, atol=1e-5
+        )
     with per_sample(model, [None, "one"]):
-        torch.testing.assert_close(answer(), torch.stack([alone[None][0], alone["one"][1]]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            answer(), torch.stack([alone[None][0], alone["one"][1]]), rtol=0, atol=1e-5
+        )
     store.use(model, "two")
     assert torch.equal(answer(), alone["two"]), "nothing of the mixed batch stays"
     with per_sample(model, ["one", "two", "one"]), pytest.raises(store.AdapterError, match="batch of 2"):
         answer()
-    with pytest.raises(store.AdapterError, match="no adapter 'c'.*one, two"), per_sample(model, ["c"]):
+    with pytest.raises(store.AdapterError, match=r"no adapter 'c'.*one, two"), per_sample(model, ["c"]):
         pass
     store.remove(model, "one")
     assert store.names(model) == ["two"]
@@ -148,7 +154,9 @@ def test_the_files_are_pefts(kind: str, tmp_path: Path) -> None:
     assert torch.equal(answer(), changed)
     with wrapped.disable_adapter():
         assert not torch.equal(answer(), changed)
-    assert not any("blocks.0.attn.qkv.weight" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
+    assert not any(
+        "blocks.0.attn.qkv.weight" in name for name in load_file(tmp_path / "adapter_model.safetensors")
+    )
     assert PeftConfig.from_pretrained(str(tmp_path)).inference_mode
 
 

@@ -67,7 +67,7 @@ def test_without_the_relu_it_is_lora(kind: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_parameters_on_dit_xl() -> None:
-    """28 blocks x [r (in + out of qkv, proj, fc1, fc2, adaLN) + 2 (their outs)] = 6.90 M at r = 8, and an s a layer."""
+    """28 blocks x [r (in + out of qkv, proj, fc1, fc2, adaLN) + 2 (their outs)], and an s a layer."""
     with torch.device("meta"):
         model = models.create("dit-xl/2")
         store.add(model, DiffScaler(rank=8))
@@ -83,7 +83,9 @@ def test_where_it_sits() -> None:
     assert names == [f"blocks.0.{part}" for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2",
                                                      "adaLN_modulation.1")]  # fmt: skip
     convolutional = models.create("dico-s", input_size=16, depth=[1, 1, 1, 1, 1], hidden_size=16)
-    assert any(isinstance(convolutional.get_submodule(name), nn.Conv2d) for name in block_layers(convolutional))
+    assert any(
+        isinstance(convolutional.get_submodule(name), nn.Conv2d) for name in block_layers(convolutional)
+    )
 
 
 def test_options() -> None:

@@ -75,5 +75,5 @@ def test_where_the_time_is_embedded(name: str, path: str) -> None:
 
 
 def test_a_model_without_time() -> None:
-    with pytest.raises(ValueError, match="name the module .* with time_embedder"):
+    with pytest.raises(ValueError, match=r"name the module .* with time_embedder"):
         time_embedder(torch.nn.Linear(2, 2))

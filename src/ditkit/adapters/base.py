@@ -1,4 +1,4 @@
-"""What a file of this folder gives: the options of a kind of adapter, and peft's configuration made of them."""
+"""What a file of this folder gives: the options of a kind of adapter, and peft's configuration of them."""
 
 from __future__ import annotations
 

@@ -34,7 +34,9 @@ def per_sample(model: Any, chosen: Sequence[str | None]) -> Iterator[None]:
     module = network(model)
     present = names(module)
     if unknown := [name for name in chosen if name is not None and name not in present]:
-        raise AdapterError(f"no adapter {unknown[0]!r} on the model; there are: {', '.join(present) or 'none'}")
+        raise AdapterError(
+            f"no adapter {unknown[0]!r} on the model; there are: {', '.join(present) or 'none'}"
+        )
     if not chosen:
         raise AdapterError("name an adapter, or None, for each sample")
     rows = _Rows([BASE if name is None else name for name in chosen])
@@ -67,8 +69,8 @@ class _Rows:
     def of(self, batch: int) -> list[str]:
         if batch != len(self.each):
             raise AdapterError(
-                f"a layer of this model sees {batch} rows in a batch of {len(self.each)} samples: its samples "
-                "can't have adapters of their own"
+                f"a layer of this model sees {batch} rows in a batch of {len(self.each)} samples: "
+                "its samples can't have adapters of their own"
             )
         return self.each
 
@@ -83,8 +85,11 @@ def _mixed_table(table: Any, rows: _Rows, labels: Tensor, *args: Any, **kwargs: 
     parts: list[Any] = [None] * len(labels)
     for name in dict.fromkeys(each):
         at = torch.tensor([i for i, other in enumerate(each) if other == name], device=labels.device)
-        module = table.modules_to_save[name] if name in table.modules_to_save else table.original_module
-        some = [value[at] if isinstance(value, Tensor) and len(value) == len(labels) else value for value in args]
+        own = table.modules_to_save
+        module = own[name] if name in own else table.original_module  # noqa: SIM401  (a ModuleDict has no get)
+        some = [
+            value[at] if isinstance(value, Tensor) and len(value) == len(labels) else value for value in args
+        ]
         for index, embedded in zip(at.tolist(), module(labels[at], *some, **kwargs), strict=True):
             parts[index] = embedded
     return torch.stack(parts)

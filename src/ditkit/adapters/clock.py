@@ -66,5 +66,7 @@ def embedding_width(embedder: nn.Module) -> int:
     """D, what its last linear map gives."""
     widths = [part.out_features for part in embedder.modules() if isinstance(part, nn.Linear)]
     if not widths:
-        raise ValueError(f"time_embedder: a {type(embedder).__name__} has no linear map to take the width from")
+        raise ValueError(
+            f"time_embedder: a {type(embedder).__name__} has no linear map to take the width from"
+        )
     return widths[-1]

@@ -1,12 +1,12 @@
 """DiffScaler: every frozen layer is rescaled, shifted, and given a small non-linear path of its own.
 
-"Diffscaler: Enhancing the Generative Prowess of Diffusion Transformers", arXiv 2404.09976. A frozen layer
-y = W x + b_hat becomes y = (1 + a) (W x) + b_hat + b + s W_up ReLU(W_down x), with one set of a, b, s, W_down, W_up
-for each task. A reconstruction from the abstract and secondary sources: no code was released and the method section
-was not readable. Inferred: all starts as the frozen layer (a = b = 0, W_up = 0, W_down Kaiming-uniform, s = 1,
-learned), the rank 8, and a convolution's path, which is one of the layer's own geometry into r channels and a 1 x 1
-one out of them. a is an offset from 1, so that weight decay pulls towards the frozen layer. The ReLU keeps it from
-being merged.
+"Diffscaler: Enhancing the Generative Prowess of Diffusion Transformers", arXiv 2404.09976. A frozen layer y =
+W x + b_hat becomes y = (1 + a) (W x) + b_hat + b + s W_up ReLU(W_down x), with one set of a, b, s, W_down,
+W_up for each task. A reconstruction from the abstract and secondary sources: no code was released and the
+method section was not readable. Inferred: all starts as the frozen layer (a = b = 0, W_up = 0, W_down
+Kaiming-uniform, s = 1, learned), the rank 8, and a convolution's path, which is one of the layer's own
+geometry into r channels and a 1 x 1 one out of them. a is an offset from 1, so that weight decay pulls
+towards the frozen layer. The ReLU keeps it from being merged.
 
 B batch, C and D channels in and out, r rank.
 """
@@ -77,7 +77,8 @@ class DiffScalerLayer(DeltaLayer):
         added = result * a + shift
         if name not in self.diffscaler_down:
             return added
-        down, up = self.diffscaler_down[name], self.diffscaler_up[name]
+        down: Any = self.diffscaler_down[name]
+        up = self.diffscaler_up[name]
         path = up(F.relu(down(self._cast_input_dtype(x, down.weight.dtype))))
         return added + (self.diffscaler_s[name] * path if name in self.diffscaler_s else path)
 
@@ -131,9 +132,7 @@ class DiffScaler(Adapter):
             raise ValueError(f"vector_lr must be above 0; got {self.vector_lr}")
 
     def config(self, layers: Sequence[str], saved: Sequence[str] = ()) -> PeftConfig:
-        return DiffScalerConfig(
-            r=self.rank, learn_scale=self.learn_scale, **shared_settings(layers, saved)
-        )
+        return DiffScalerConfig(r=self.rank, learn_scale=self.learn_scale, **shared_settings(layers, saved))
 
     def rates(self) -> Mapping[str, float]:
         return {name: self.vector_lr for name in ("diffscaler_a", "diffscaler_b", "diffscaler_s")}

@@ -64,15 +64,13 @@ def time_embedder(model: nn.Module) -> str:
     Raises:
         ValueError: there is none of a known class.
     """
-    found = [
-        name for name in _time_embedders(model) if not any(other in name for other in _OTHER_TIMES)
-    ]
+    found = [name for name in _time_embedders(model) if not any(other in name for other in _OTHER_TIMES)]
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no {' or '.join(TIME_EMBEDDERS)}: name the module whose output is "
             "the timestep's embedding with time_embedder"
         )
-    return found[0]
+    return min(found, key=lambda name: name.count("."))  # not one inside an embedder of texts
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:

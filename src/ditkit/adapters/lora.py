@@ -1,13 +1,14 @@
 """LoRA: a low-rank update of every frozen layer.
 
-"LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685: y = W x + (alpha / r) B A x. It is peft's own;
-this file names its options.
+"LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685: y = W x + (alpha / r) B A x. It is
+peft's own; this file names its options.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from peft import LoraConfig, PeftConfig
 
@@ -29,7 +30,7 @@ class LoRA(Adapter):
 
     Args:
         rank: r.
-        alpha: the update is multiplied by alpha / r.
+        alpha: the update is multiplied by alpha / r; None: as large as r.
         dropout: of the update's input, in training.
 
     Raises:
@@ -37,7 +38,7 @@ class LoRA(Adapter):
     """
 
     rank: int = 16
-    alpha: float = 16.0
+    alpha: float | None = None
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -45,7 +46,6 @@ class LoRA(Adapter):
             raise ValueError(f"rank must be at least 1; got {self.rank}")
 
     def config(self, layers: Sequence[str], saved: Sequence[str] = ()) -> PeftConfig:
-        settings = shared_settings(layers, saved)
-        return LoraConfig(
-            r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, init_lora_weights=True, **settings
-        )
+        settings: dict[str, Any] = shared_settings(layers, saved)
+        settings["lora_alpha"] = self.rank if self.alpha is None else self.alpha
+        return LoraConfig(r=self.rank, lora_dropout=self.dropout, init_lora_weights=True, **settings)

@@ -1,8 +1,9 @@
 """Adapters on a model: add one, save it alone, load it, switch between several, take them off.
 
-A saved adapter is a folder with peft's `adapter_config.json` and `adapter_model.safetensors`, and `adapter.json` with
-what peft does not know: the kind, the class of the model, and names of classes where it has a table of its own.
-The model is a transformer or a pipeline that has one; its own weights are never written to.
+A saved adapter is a folder with peft's `adapter_config.json` and `adapter_model.safetensors`, and
+`adapter.json` with what peft does not know: the kind, the class of the model, and names of classes where it
+has a table of its own. The model is a transformer or a pipeline that has one; its own weights are never
+written to.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import safetensors.torch as safetensors
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft import PeftConfig, inject_adapter_in_model
 from peft.functional import get_peft_model_state_dict, set_adapter, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -49,7 +51,9 @@ def network(model: Any) -> nn.Module:
     """
     found = getattr(model, "transformer", model)
     if not isinstance(found, nn.Module):
-        raise AdapterError(f"a transformer or a pipeline that has one is needed, not a {type(model).__name__}")
+        raise AdapterError(
+            f"a transformer or a pipeline that has one is needed, not a {type(model).__name__}"
+        )
     return found
 
 
@@ -79,7 +83,9 @@ def add(
     """
     module = network(model)
     chosen = block_layers(module) if layers is None else named_layers(module, layers)
-    if classes is not None and not isinstance(getattr(module, CLASSES, None), LabelDropout | ModulesToSaveWrapper):
+    if classes is not None and not isinstance(
+        getattr(module, CLASSES, None), LabelDropout | ModulesToSaveWrapper
+    ):
         raise ValueError(f"classes: {type(module).__name__} is not conditioned on classes")
     config = adapter.config(chosen, () if classes is None else (CLASSES,))
     _inject(module, config, name, classes)
@@ -97,10 +103,15 @@ def save(model: Any, folder: str | Path, name: str = "default") -> Path:
     settings: Any = module.peft_config
     found = get_peft_model_state_dict(module, adapter_name=name, save_embedding_layers=False)
     tensors = {f"{PREFIX}{key}": value.detach().cpu().contiguous().clone() for key, value in found.items()}
-    with whole_file(folder / SAFETENSORS_WEIGHTS_NAME) as part:
-        safetensors.save_file(tensors, part, metadata={"format": "pt"})
     config = {**settings[name].to_dict(), "inference_mode": True}
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    header = {"format": "pt"}
+    if config["peft_type"] == "LORA":  # diffusers reads its settings from the header
+        header[LORA_ADAPTER_METADATA_KEY] = json.dumps(
+            {f"{PREFIX}{key}": value for key, value in config.items()}
+        )
+    with whole_file(folder / SAFETENSORS_WEIGHTS_NAME) as part:
+        safetensors.save_file(tensors, part, metadata=header)
     write_text(folder / CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True) + "\n")
     facts = module.__dict__.get("adapter_facts", {}).get(name)
     if facts is not None:
@@ -193,10 +204,10 @@ def use(model: Any, *chosen: str | Mapping[str, float]) -> None:
     if len(with_classes) > 1:
         raise AdapterError(f"{' and '.join(with_classes)} each have classes of their own: use one of them")
     set_adapter(module, list(weights), inference_mode=True)
-    for part in module.modules():
-        if isinstance(part, BaseTunerLayer):
-            for name, weight in weights.items():
-                part.set_scale(name, weight)  # pyright: ignore[reportAttributeAccessIssue]
+    layers: list[Any] = [part for part in module.modules() if isinstance(part, BaseTunerLayer)]
+    for layer in layers:
+        for name, weight in weights.items():
+            layer.set_scale(name, weight)
 
 
 def remove(model: Any, name: str | None = None) -> None:
@@ -231,10 +242,11 @@ def _inject(module: Any, config: Any, name: str, classes: Sequence[str] | None) 
         raise AdapterError(f"an adapter {name!r} is on the model already: {', '.join(present)}")
     if "." in name or not name:
         raise AdapterError(f"{name!r} is no name for an adapter: it must not be empty or hold a dot")
-    if other := next((kind.peft_type for kind in present.values() if kind.peft_type != config.peft_type), None):
+    others = {name for name, kind in present.items() if kind.peft_type != config.peft_type}
+    if others:
         raise AdapterError(
-            f"an adapter of the kind {str(getattr(other, 'value', other)).lower()} is on the model: adapters of "
-            "one model are of one kind, remove it first"
+            f"{', '.join(sorted(others))} on the model is of another kind: adapters of one model are of one "
+            "kind, remove it first"
         )
     if not present:
         _trainable[module] = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -285,4 +297,6 @@ def _classes_of(module: nn.Module, name: str) -> bool:
 def _check_known(module: nn.Module, wanted: Sequence[str]) -> None:
     present = names(module)
     if unknown := [name for name in wanted if name not in present]:
-        raise AdapterError(f"no adapter {unknown[0]!r} on the model; there are: {', '.join(present) or 'none'}")
+        raise AdapterError(
+            f"no adapter {unknown[0]!r} on the model; there are: {', '.join(present) or 'none'}"
+        )

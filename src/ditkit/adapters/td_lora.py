@@ -1,10 +1,10 @@
 """TD-LoRA: a low-rank update whose second factor is mixed anew for every timestep.
 
-After "DyDiT++: Dynamic Diffusion Transformers for Efficient Visual Generation", arXiv 2504.06803, whose code has no
-TD-LoRA and whose text gives no exact form: a reconstruction. Here y = W x + (alpha / r) (sum_j g_j(t) B_j) A x with
-one A, n = 4 matrices B_j that start at zero, and g(t) = softmax(Linear(e_t)), where e_t is the output of the model's
-time embedder. g depends on the timestep alone, so that for one timestep the update is a constant matrix
-(`TDLoRALayer.get_delta_weight`).
+After "DyDiT++: Dynamic Diffusion Transformers for Efficient Visual Generation", arXiv 2504.06803, whose code
+has no TD-LoRA and whose text gives no exact form: a reconstruction. Here y = W x + (alpha / r) (sum_j g_j(t)
+B_j) A x with one A, n = 4 matrices B_j that start at zero, and g(t) = softmax(Linear(e_t)), where e_t is the
+output of the model's time embedder. g depends on the timestep alone, so that for one timestep the update is a
+constant matrix (`TDLoRALayer.get_delta_weight`).
 
 B batch, C and D channels in and out, E width of e_t, n matrices, r rank.
 """
@@ -31,7 +31,7 @@ PEFT_TYPE = "TD_LORA"
 
 @dataclass
 class TDLoRAConfig(TunerConfig):
-    """`r`, `alpha`: of the update; `matrices`: n; `time_embedder`: the module that gives e_t, found when None."""
+    """`r`, `alpha`: of the update; `matrices`: n; `time_embedder`: the module that gives e_t, None: found."""
 
     r: int = 16
     alpha: float = 16.0
@@ -58,21 +58,22 @@ class TDLoRALayer(DeltaLayer):
         layer: Any = self.get_base_layer()
         if not isinstance(layer, nn.Linear):
             raise ValueError(f"td-lora adapts linear maps, not a {type(layer).__name__}")
-        self.td_lora_A[name] = nn.Linear(layer.in_features, config.r, bias=False)
-        nn.init.kaiming_uniform_(self.td_lora_A[name].weight, a=math.sqrt(5))
+        first = nn.Linear(layer.in_features, config.r, bias=False)
+        nn.init.kaiming_uniform_(first.weight, a=math.sqrt(5))
+        self.td_lora_A[name] = first
         self.td_lora_B[name] = nn.Parameter(torch.zeros(config.matrices, layer.out_features, config.r))
         self.td_lora_gate[name] = nn.Linear(self.surroundings["width"], config.matrices)
         self.strength[name] = config.alpha / config.r
 
     def mixed(self, name: str, embedding: Tensor) -> Tensor:
         """sum_j g_j B_j for embeddings (B, E), as (B, D, r)."""
-        gate = self.td_lora_gate[name]
+        gate: Any = self.td_lora_gate[name]
         weights = gate(self._cast_input_dtype(embedding, gate.weight.dtype)).softmax(-1)  # (B, n)
         return torch.einsum("bn,ndr->bdr", weights, self.td_lora_B[name])
 
     def delta(self, name: str, x: Tensor, result: Tensor, rows: Tensor | None = None) -> Tensor:
         embedding = self.surroundings["time"].read(len(x), rows)  # (B, E)
-        down = self.td_lora_A[name]
+        down: Any = self.td_lora_A[name]
         hidden = down(self._cast_input_dtype(x, down.weight.dtype))  # (B, ..., r)
         second = self.mixed(name, embedding).mT  # (B, r, D)
         added = hidden.reshape(len(x), -1, hidden.shape[-1]) @ second  # (B, ..., D), flat in between
@@ -80,8 +81,9 @@ class TDLoRALayer(DeltaLayer):
 
     def get_delta_weight(self, name: str, embedding: Tensor) -> Tensor:
         """The update of W, (D, C), at the timestep of one embedding (E,)."""
+        first: Any = self.td_lora_A[name]
         second = self.mixed(name, embedding[None])[0]  # (D, r)
-        return self.scaling[name] * self.strength[name] * second @ self.td_lora_A[name].weight
+        return self.scaling[name] * self.strength[name] * second @ first.weight
 
 
 class TDLoRATuner(DeltaTuner):
@@ -116,7 +118,7 @@ class TDLoRA(Adapter):
 
     Args:
         rank: r.
-        alpha: the update is multiplied by alpha / r.
+        alpha: the update is multiplied by alpha / r; None: as large as r.
         matrices: n, second factors that are mixed.
         time_embedder: name of the module whose output is the embedding of the timestep; None: found.
 
@@ -125,7 +127,7 @@ class TDLoRA(Adapter):
     """
 
     rank: int = 16
-    alpha: float = 16.0
+    alpha: float | None = None
     matrices: int = 4
     time_embedder: str | None = None
 
@@ -136,7 +138,7 @@ class TDLoRA(Adapter):
     def config(self, layers: Sequence[str], saved: Sequence[str] = ()) -> PeftConfig:
         return TDLoRAConfig(
             r=self.rank,
-            alpha=self.alpha,
+            alpha=self.rank if self.alpha is None else self.alpha,
             matrices=self.matrices,
             time_embedder=self.time_embedder,
             **shared_settings(layers, saved),

@@ -1,8 +1,8 @@
 """Tuners for peft: a frozen layer, and what the active adapters add to its output.
 
-peft gives injection, switching, saving and loading; a kind of adapter gives a configuration, a layer with `make`
-and `delta`, and a tuner with the layer's class. Shapes are those of the layer: (B, ..., D) for a linear map,
-(B, C, H, W) for a convolution.
+peft gives injection, switching, saving and loading; a kind of adapter gives a configuration, a layer with
+`make` and `delta`, and a tuner with the layer's class. Shapes are those of the layer: (B, ..., D) for a
+linear map, (B, C, H, W) for a convolution.
 """
 
 from __future__ import annotations
@@ -113,7 +113,9 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             f"{type(self).__name__} can't be merged into the layer: what it adds is no constant matrix"
         )
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any
+    ) -> Tensor:
         """The adapted output; `adapter_names`: one for each sample, as peft's mixed batches have them."""
         result = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
@@ -156,8 +158,9 @@ class DeltaTuner(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         kind: Any = self.tuner_layer_cls
-        if isinstance(target, kind):
-            target.update_layer(adapter_name, peft_config)
+        layer: Any = target
+        if isinstance(layer, kind):
+            layer.update_layer(adapter_name, peft_config)
             return
         if not isinstance(target, nn.Linear | nn.Conv2d):
             raise ValueError(f"{current_key} is a {type(target).__name__}, not a linear map or a convolution")

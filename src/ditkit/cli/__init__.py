@@ -10,7 +10,20 @@ from typing import Annotated
 import typer
 
 from ditkit import __version__
-from ditkit.cli import adapt, bench, compare, convert, data, demo, evaluate, fit, generate, listing, train, tune
+from ditkit.cli import (
+    adapt,
+    bench,
+    compare,
+    convert,
+    data,
+    demo,
+    evaluate,
+    fit,
+    generate,
+    listing,
+    train,
+    tune,
+)
 from ditkit.cli.common import console, set_debug
 
 app = typer.Typer(

@@ -8,21 +8,24 @@ from typing import Annotated, Any
 import typer
 
 from ditkit.cli.common import UsageError, guarded, listed, notices, writable_folder
-from ditkit.cli.generate import Model
+from ditkit.cli.generate import Model, load
 
 
 def add_to(app: typer.Typer) -> None:
     app.command(
-        epilog="Example: ditkit adapt --model micro-flux --method diffscaler --data pictures/ --out adapter/   "
-        "then: ditkit generate 'red apple' --adapter adapter/"
+        epilog="Example: ditkit adapt --model micro-flux --method diffscaler --data pictures --out adapter  "
+        "then: ditkit generate 'red apple' --adapter adapter"
     )(guarded(adapt))
 
 
 def adapt(
     data: Annotated[
-        str, typer.Option("--data", help="A folder of pictures or of cached latents, or emoji (the bundled set).")
+        str,
+        typer.Option("--data", help="A folder of pictures or of cached latents, or emoji (the bundled set)."),
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the adapter; its run is in run/ there.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the adapter; its run is in run/ there.")
+    ],
     method: Annotated[
         str, typer.Option("--method", help="One of `ditkit adapters`: diffscaler, td-lora, lora.")
     ] = "lora",
@@ -40,7 +43,8 @@ def adapt(
     layers: Annotated[
         list[str] | None,
         typer.Option(
-            "--layers", help="A layer to adapt, or the ending of several names; repeatable. All of every block."
+            "--layers",
+            help="A layer to adapt, or the ending of several names; repeatable. All of every block.",
         ),
     ] = None,
     overrides: Annotated[
@@ -67,8 +71,7 @@ def adapt(
     adapter = config.AdapterConfig(kind=registry.get("adapter", method).name, options=values, layers=layers)
     settings: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "seed": seed}
     settings |= {} if lr is None else {"optimizer": {"lr": lr}}
-    with notices.status(f"loading {model}"):
-        raw = run_for(model, adapter, section, settings)
+    raw = run_for(model, load(model), adapter, section, settings)
     for text in overrides or ():
         key, value = _pair(text, "override")
         config.assign(raw, key.split("."), value, text)

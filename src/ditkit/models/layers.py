@@ -108,8 +108,8 @@ class LabelDropout(nn.Module):
     """Labels dropped at random in training; with `dropout > 0` there is a null class for "no label".
 
     Attributes:
-        class_names: in the order of their labels, where they are not those of the model's pipeline: an adapter
-            brings classes of its own.
+        class_names: in the order of their labels, where they are not those of the model's pipeline: an
+            adapter brings classes of its own.
     """
 
     class_names: list[str] | None = None
@@ -172,7 +172,9 @@ def relabelled(embedder: LabelDropout, class_names: Sequence[str]) -> LabelDropo
         raise ValueError(f"{type(embedder).__name__} has no table of classes that could be replaced")
     for name, table in tables:
         weight = table.weight.detach()
-        row = weight[embedder.null_label :] if embedder.dropout > 0 else weight.mean(0, keepdim=True)  # (1, D)
+        row = (
+            weight[embedder.null_label :] if embedder.dropout > 0 else weight.mean(0, keepdim=True)
+        )  # (1, D)
         fresh.set_submodule(name, nn.Embedding.from_pretrained(row.repeat(fresh.num_rows, 1), freeze=False))
     return fresh
 

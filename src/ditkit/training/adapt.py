@@ -1,7 +1,8 @@
-"""Train an adapter: the tasks that train networks, started from a pipeline whose own weights stay as they are.
+"""Train an adapter: the tasks that train networks, started from a pipeline whose own weights stay as they
+are.
 
-`Adapted` puts an adapter on a task's network and lets nothing else be trained; `adapt` writes the run's settings for
-a pipeline and a data set, and runs it.
+`Adapted` puts an adapter on a task's network and lets nothing else be trained; `adapt` writes the run's
+settings for a pipeline and a data set, and runs it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import nn
 
-from ditkit import hub, registry
+from ditkit import registry
 from ditkit.adapters import store
 from ditkit.data.config import DataConfig
 from ditkit.data.pictures import open_pictures
@@ -119,7 +120,9 @@ def adapt(run: RunConfig, out: Path, resume: bool = False) -> Path:
 
     folder = out / RUN
     if not resume and (folder.exists() or (out / store.CONFIG_NAME).exists()):
-        raise FileExistsError(f"{out} holds an adapter or its run already: pass --resume or choose another --out")
+        raise FileExistsError(
+            f"{out} holds an adapter or its run already: pass --resume or choose another --out"
+        )
     if not (folder / "export").is_dir():
         run_stage(run, folder, {})
     for file in sorted((folder / "export").iterdir()):
@@ -129,21 +132,25 @@ def adapt(run: RunConfig, out: Path, resume: bool = False) -> Path:
 
 
 def run_for(
-    model: str, adapter: AdapterConfig, data: Mapping[str, Any], settings: Mapping[str, Any] | None = None
+    model: str,
+    pipe: Any,
+    adapter: AdapterConfig,
+    data: Mapping[str, Any],
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The settings of a run that adapts a pipeline to pictures, as a training file has them.
 
     Args:
         model: a pipeline: bundled, a folder or a repository of the hub.
+        pipe: the same, opened.
         adapter: what is trained.
         data: keys of the data section; the size is the pipeline's own where there is none.
         settings: other keys of the run.
 
     Raises:
-        FileNotFoundError: no such pipeline or data.
+        FileNotFoundError: no such data.
         ConfigError: a kind of pipeline that no task goes on from.
     """
-    pipe = hub.load(model)
     name = type(pipe).__name__
     if name not in _TASKS:
         raise ConfigError(f"--model {model} is a {name}; adapters are trained for {', '.join(_TASKS)}")

@@ -65,7 +65,8 @@ class RunConfig(Section):
     """One run of the trainer.
 
     `task` names what is trained; `task_options` are its own keys. `objective` are changes to its loss: names
-    (`ditkit objectives`) and their options, in any order. With an `adapter`, that alone is trained and exported.
+    (`ditkit objectives`) and their options, in any order. With an `adapter`, that alone is trained and
+    exported.
     """
 
     name: str

@@ -130,8 +130,8 @@ class Task(nn.Module):
         return load_frozen(cls, folder)
 
     def started(self, cls: Any) -> Any:
-        """The pipeline of that class that the option `start_from` names, an earlier stage, a folder, a bundled
-        one or one of the hub, in float32; None when it names none.
+        """The pipeline of that class that the option `start_from` names, an earlier stage, a folder, a
+        bundled one or one of the hub, in float32; None when it names none.
 
         Raises:
             ConfigError: there is none, or it is of another class.
@@ -145,7 +145,9 @@ class Task(nn.Module):
         except (OSError, ValueError) as error:
             raise ConfigError(f"{where}: {error}") from error
         if not isinstance(pipe, cls):
-            raise ConfigError(f"{where}: {name} is a {type(pipe).__name__}, this task trains a {cls.__name__}")
+            raise ConfigError(
+                f"{where}: {name} is a {type(pipe).__name__}, this task trains a {cls.__name__}"
+            )
         for part in (pipe.transformer, pipe.vae):
             if part is not None:
                 part.register_to_config(_name_or_path="")  # no folder of a run in what it exports

@@ -2,8 +2,9 @@
 
 The network sees pixels (scaled to `pixels` a side) or latents: of an autoencoder, an earlier stage's name or
 a folder, or cached ones (`data: {kind: latents}`). Classes are the emoji groups, or those of the data. It
-starts afresh, from a trained network of another architecture (`inherit_from`), or goes on from a pipeline on data
-of its own (`start_from`). The file's `objective:` changes the loss. The export is a whole `ClassConditionalPipeline` folder with `process.json` in it.
+starts afresh, from a trained network of another architecture (`inherit_from`), or goes on from a pipeline on
+data of its own (`start_from`). The file's `objective:` changes the loss. The export is a whole
+`ClassConditionalPipeline` folder with `process.json` in it.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ from ditkit.training.tasks.latents import decode_pictures, network_samples
 
 class ClassToImageOptions(TaskOptions):
     """`process`: `gaussian` trains noise, and variance where the network learns one, `flow` velocity on the
-    linear path. `inherit_from`: an earlier stage or a model's folder. `start_from`, in place of `arch`: an earlier
-    stage or a pipeline's folder, whose network, autoencoder and, where the data are of no others, classes it takes
-    over."""
+    linear path. `inherit_from`: an earlier stage or a model's folder. `start_from`, in place of `arch`: an
+    earlier stage or a pipeline's folder, whose network, autoencoder and, where the data are of no others,
+    classes it takes over."""
 
     arch: str | None = None
     model: dict[str, Any] = {}
@@ -57,7 +58,9 @@ class ClassToImageOptions(TaskOptions):
     @model_validator(mode="after")
     def _one_start(self) -> ClassToImageOptions:
         if (self.arch is None) == (self.start_from is None):
-            raise ValueError("give arch, an architecture to begin with, or start_from, a pipeline to go on from")
+            raise ValueError(
+                "give arch, an architecture to begin with, or start_from, a pipeline to go on from"
+            )
         if self.start_from is not None and (self.model or self.inherit_from is not None):
             raise ValueError("start_from takes the network as it is, without model and inherit_from")
         return self
@@ -98,18 +101,21 @@ class ClassToImageTask(Task):
         return known if known is not None and set(self.pictures.classes) <= set(known) else None
 
     def _continued(self) -> Any:
-        """The pipeline's network, with a table for the data's classes where they are others; an adapter brings
-        that table itself."""
+        """The pipeline's network, with a table for the data's classes where they are others; an adapter
+        brings that table itself."""
         model, shape = self.pipeline.transformer, tuple(self.samples.shape[1:])
         where = f"{self.run.name}.task_options"
         if (model.in_channels, *model.latent_size) != shape:
             raise ConfigError(
                 f"{where}.start_from: its network is for {model.in_channels} x {model.latent_size[0]} x "
-                f"{model.latent_size[1]}, the samples are {' x '.join(map(str, shape))}: change data.size or pixels"
+                f"{model.latent_size[1]}, the samples are {' x '.join(map(str, shape))}: "
+                "change data.size or pixels"
             )
         trained = "flow" if is_flow(self.pipeline.scheduler) else "gaussian"
         if trained != self.options.process:
-            raise ConfigError(f"{where}.process: {self.options.process} does not go on from a {trained} network")
+            raise ConfigError(
+                f"{where}.process: {self.options.process} does not go on from a {trained} network"
+            )
         if self._known_classes() is None:
             self.new_classes = self.classes
             if self.run.adapter is None:

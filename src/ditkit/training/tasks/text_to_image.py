@@ -1,6 +1,7 @@
 """Train a Flux transformer with flow matching on the latents of captioned pictures.
 
-The text encoders of an earlier stage may train along. Or it goes on from a whole pipeline (`start_from`). The export is a whole `FluxPipeline` folder.
+The text encoders of an earlier stage may train along. Or it goes on from a whole pipeline (`start_from`). The
+export is a whole `FluxPipeline` folder.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class TextToImageOptions(FlowMatchingOptions):
     @model_validator(mode="after")
     def _one_start(self) -> TextToImageOptions:
         if bool(self.transformer) == (self.start_from is not None):
-            raise ValueError("give transformer, settings to begin with, or start_from, a pipeline to go on from")
+            raise ValueError(
+                "give transformer, settings to begin with, or start_from, a pipeline to go on from"
+            )
         return self
 
 
@@ -90,9 +93,13 @@ class TextToImageTask(FlowMatchingTask):
         """Refuse a pipeline that this task would not call as it is called in use."""
         where = f"{self.run.name}.task_options.start_from"
         if pipe.transformer.config.guidance_embeds:
-            raise ConfigError(f"{where}: its transformer reads a guidance scale, which this task does not give")
+            raise ConfigError(
+                f"{where}: its transformer reads a guidance scale, which this task does not give"
+            )
         if pipe.tokenizer.get_vocab() != pipe.tokenizer_2.get_vocab():
-            raise ConfigError(f"{where}: its text encoders read words differently; here one tokenizer serves both")
+            raise ConfigError(
+                f"{where}: its text encoders read words differently; here one tokenizer serves both"
+            )
 
     @property
     def network(self) -> Any:
