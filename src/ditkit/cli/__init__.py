@@ -11,6 +11,7 @@ import typer
 
 from ditkit import __version__
 from ditkit.cli import (
+    adapt,
     bench,
     compare,
     compress,
@@ -36,7 +37,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for group in (demo, generate, bench, tune, evaluate, train, compare, compress, fit, listing, data, convert):
+GROUPS = (
+    demo, generate, bench, tune, evaluate, train, adapt, compress, compare, fit, listing, data, convert,
+)  # fmt: skip
+for group in GROUPS:
     group.add_to(app)
 
 

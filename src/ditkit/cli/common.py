@@ -74,6 +74,7 @@ def _is_wrong_use(error: Exception) -> bool:
     return bool(
         names
         & {
+            "AdapterError",
             "UnsupportedModelError",
             "ConflictError",
             "ConfigError",

@@ -50,11 +50,26 @@ class EMAConfig(Section):
     warmup: bool = True
 
 
+class AdapterConfig(Section):
+    """An adapter to be trained in place of the network, which `task_options.start_from` names.
+
+    Args:
+        kind: one of `ditkit adapters`.
+        options: its own.
+        layers: names of layers, or their endings; None: those of every block.
+    """
+
+    kind: str
+    options: dict[str, Any] = {}
+    layers: list[str] | None = None
+
+
 class RunConfig(Section):
     """One run of the trainer.
 
     `task` names what is trained; `task_options` are its own keys. `objective` are changes to its loss: names
-    (`ditkit objectives`) and their options, in any order.
+    (`ditkit objectives`) and their options, in any order. With an `adapter`, that alone is trained and
+    exported.
     """
 
     name: str
@@ -67,6 +82,7 @@ class RunConfig(Section):
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     data: DataConfig = DataConfig()
     objective: dict[str, dict[str, Any]] = {}
+    adapter: AdapterConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     ema: EMAConfig | None = EMAConfig()

@@ -97,6 +97,10 @@ def run_stage(
             (folder / "config.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
         accelerator.wait_for_everyone()
         task = find(run.task)(run, folder, earlier)
+        if run.adapter is not None:
+            from ditkit.training.adapt import Adapted  # needs peft, which no other run does
+
+            task = Adapted(task, run.adapter)
         trainer = Trainer(run, folder, task, accelerator, measure)
         trainer.fit()
         if accelerator.is_main_process:

@@ -11,6 +11,7 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import nn
 
+from ditkit import hub
 from ditkit.data.config import Section
 from ditkit.models import model_folder
 from ditkit.training.config import ConfigError, RunConfig
@@ -33,6 +34,8 @@ class Task(nn.Module):
     Options: type[TaskOptions] = TaskOptions
     # Gives the run's averaged parameters by name; the trainer puts its own here when it keeps an average.
     averaged: Callable[[], dict[str, torch.Tensor]] = dict
+    # The classes of the data where they are not those of the pipeline that it starts from.
+    new_classes: list[str] | None = None
     takes_objectives: ClassVar[bool] = False
 
     def __init__(self, run: RunConfig, folder: Path, earlier: dict[str, Path]) -> None:
@@ -77,6 +80,15 @@ class Task(nn.Module):
         return folder
 
     @property
+    def network(self) -> nn.Module:
+        """What an adapter can be put on.
+
+        Raises:
+            ConfigError: this task trains nothing of that kind.
+        """
+        raise ConfigError(f"{self.run.name}.adapter: task {self.run.task!r} has no network to adapt")
+
+    @property
     def sample_count(self) -> int:
         """Number of training samples."""
         raise NotImplementedError
@@ -116,6 +128,30 @@ class Task(nn.Module):
         except ValueError as error:
             raise ConfigError(f"{self.run.name}.task_options.{key}: {error}") from error
         return load_frozen(cls, folder)
+
+    def started(self, cls: Any) -> Any:
+        """The pipeline of that class that the option `start_from` names, an earlier stage, a folder, a
+        bundled one or one of the hub, in float32; None when it names none.
+
+        Raises:
+            ConfigError: there is none, or it is of another class.
+        """
+        name = self.options.start_from
+        if name is None:
+            return None
+        where = f"{self.run.name}.task_options.start_from"
+        try:
+            pipe = hub.load(self.stage_folder(name) if name in self.earlier else name)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{where}: {error}") from error
+        if not isinstance(pipe, cls):
+            raise ConfigError(
+                f"{where}: {name} is a {type(pipe).__name__}, this task trains a {cls.__name__}"
+            )
+        for part in (pipe.transformer, pipe.vae):
+            if part is not None:
+                part.register_to_config(_name_or_path="")  # no folder of a run in what it exports
+        return pipe
 
 
 def load_frozen(cls: Any, folder: Path) -> Any:
