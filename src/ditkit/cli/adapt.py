@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ditkit.cli.common import UsageError, guarded, listed, notices, writable_folder
+from ditkit.cli.common import UsageError, data_section, guarded, listed, notices, pair, writable_folder
 from ditkit.cli.generate import Model, load
 
 
@@ -56,12 +56,12 @@ def adapt(
     """Train an adapter beside a frozen model, and save it alone."""
     from ditkit import registry
 
-    values = dict(_pair(item, "--set") for item in set_ or ())
+    values = dict(pair(item, "--set") for item in set_ or ())
     registry.construct("adapter", method, values)
     if lr is not None and lr <= 0:
         raise UsageError(f"--lr {lr}: a learning rate is above 0")
     writable_folder(out)
-    section = _data(data)
+    section = data_section(data)
     from pydantic import ValidationError
 
     from ditkit.training import config
@@ -73,7 +73,7 @@ def adapt(
     settings |= {} if lr is None else {"optimizer": {"lr": lr}}
     raw = run_for(model, load(model), adapter, section, settings)
     for text in overrides or ():
-        key, value = _pair(text, "override")
+        key, value = pair(text, "override")
         config.assign(raw, key.split("."), value, text)
     try:
         run = config.RunConfig.model_validate(raw)
@@ -81,22 +81,3 @@ def adapt(
         raise UsageError(config.explain(error)) from None
     listed([train(run, out, resume)])
     notices.print(f"use it: ditkit generate ... --model {model} --adapter {out}", highlight=False)
-
-
-def _pair(text: str, what: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals or not key.strip():
-        raise UsageError(f"{what} {text!r} is not of the form key=value")
-    return key.strip(), value.strip()
-
-
-def _data(text: str) -> dict[str, Any]:
-    """The keys of the data section."""
-    if text == "emoji":
-        return {"kind": "emoji"}
-    path = Path(text)
-    if not path.is_dir():
-        raise UsageError(f"--data {text}: no such folder of pictures, and not emoji")
-    from ditkit.data.latents import MANIFEST
-
-    return {"kind": "latents" if (path / MANIFEST).is_file() else "folder", "path": str(path)}

@@ -18,11 +18,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import ModelMixin  # noqa: F401  (a saved pipeline looks for it beside the model's class)
+from diffusers import (
+    FluxTransformer2DModel,
+    ModelMixin,  # noqa: F401  (a saved pipeline looks for it beside the model's class)
+)
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from ditkit.models import dit
+from ditkit.models import dit, dydit_flux
 from ditkit.models.base import chosen
 from ditkit.models.dit import DiT, DiTBlock, SiT
 from ditkit.models.dynamic import (
@@ -209,6 +212,27 @@ def inherit(static: DiT, **config: Any) -> DyDiT:
     if static.dtype != model.dtype:
         moved.to(static.dtype)
     return moved.to(static.device).train(static.training)
+
+
+def dynamic(model: Any, **config: Any) -> Any:
+    """The dynamic form of a trained network, everything switched on.
+
+    Args:
+        model: a DiT, a SiT or a `FluxTransformer2DModel`; one that is dynamic already is left as it is.
+        **config: of the routers.
+
+    Raises:
+        ValueError: another network; or settings for one that is dynamic already.
+    """
+    if hasattr(model, "choosing"):
+        if config:
+            raise ValueError(f"{sorted(config)}: this {type(model).__name__} has its routers already")
+        return model
+    if isinstance(model, FluxTransformer2DModel):
+        return dydit_flux.inherit(model, **config)
+    if type(model) in (DiT, SiT):
+        return inherit(model, **config)
+    raise ValueError(f"a {type(model).__name__} has no dynamic form; a DiT, a SiT and a FLUX have one")
 
 
 # --- in the registry ----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ settings for a pipeline and a data set, and runs it.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,12 @@ from torch import nn
 
 from ditkit import registry
 from ditkit.adapters import store
-from ditkit.data.config import DataConfig
-from ditkit.data.pictures import open_pictures
 from ditkit.files import whole_file
-from ditkit.pipelines.denoising import is_flow
 from ditkit.training.config import AdapterConfig, ConfigError, RunConfig
+from ditkit.training.continuing import RUN, run_on
 from ditkit.training.optimizers import OwnRate
 from ditkit.training.order import BatchNoise
 from ditkit.training.tasks.base import Task
-
-RUN = "run"  # where checkpoints and curves are, inside an adapter's folder
 
 
 class Adapted(Task):
@@ -151,44 +147,9 @@ def run_for(
         FileNotFoundError: no such data.
         ConfigError: a kind of pipeline that no task goes on from.
     """
-    name = type(pipe).__name__
-    if name not in _TASKS:
-        raise ConfigError(f"--model {model} is a {name}; adapters are trained for {', '.join(_TASKS)}")
-    task, options, size = _TASKS[name](pipe)
-    section = DataConfig.model_validate({"size": size, **data})
-    if task == "class-to-image" and section.kind == "emoji" and pipe.vae is None:
-        options["pixels"], section = size, section.model_copy(update={"size": 64})
-    run = {
+    own = {
         "name": "adapter",
-        "task": task,
-        "task_options": {"start_from": str(model), **options},
         "adapter": adapter.model_dump(),
-        "data": section.model_dump(mode="json"),
-        "precision": "bf16" if torch.cuda.is_available() else "no",
         "optimizer": {"lr": registry.get("adapter", adapter.kind).target.learning_rate},
-        **(settings or {}),
     }
-    try:
-        open_pictures(section, "heldout")
-        run.setdefault("heldout_every", max(1, run.get("steps", 1) // 5))
-    except (FileNotFoundError, ValueError):
-        pass  # so few pictures that none is held out, or cached latents
-    return run
-
-
-def _text_pipeline(pipe: Any) -> tuple[str, dict[str, Any], int]:
-    size = getattr(pipe.vae.config, "sample_size", None) or pipe.default_sample_size * pipe.vae_scale_factor
-    return "text-to-image", {"train_text_encoders": False}, size
-
-
-def _class_pipeline(pipe: Any) -> tuple[str, dict[str, Any], int]:
-    options: dict[str, Any] = {"process": "flow" if is_flow(pipe.scheduler) else "gaussian"}
-    if pipe.transformer.y_embedder.dropout <= 0:
-        options["class_dropout"] = 0.0
-    return "class-to-image", options, pipe.transformer.latent_size[0] * pipe.scale
-
-
-_TASKS: dict[str, Callable[[Any], tuple[str, dict[str, Any], int]]] = {
-    "FluxPipeline": _text_pipeline,
-    "ClassConditionalPipeline": _class_pipeline,
-}
+    return run_on(model, pipe, data, {**own, **(settings or {})})

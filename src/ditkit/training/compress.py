@@ -8,22 +8,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ditkit import hub
 from ditkit.analysis.meter import count
 from ditkit.analysis.sampling import Sampling, sample
-from ditkit.data.config import DataConfig
 from ditkit.models.dynamic import choosing
-from ditkit.pipelines.class_conditional import ClassConditionalPipeline
 from ditkit.training.config import ConfigError, RunConfig
+from ditkit.training.continuing import RUN, run_on
 
-RUN = "run"  # where checkpoints and curves are, inside the folder of the pipeline that comes of it
 METHODS = ("dydit",)
 
 
 def run_for(
-    model: str, method: str, flops: float, data: Mapping[str, Any], settings: Mapping[str, Any] | None = None
+    model: str,
+    pipe: Any,
+    method: str,
+    flops: float,
+    data: Mapping[str, Any],
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The settings of a run that brings a pipeline down to a share of its FLOPs, as a training file has them.
 
@@ -31,58 +31,33 @@ def run_for(
     than 200 and 50, and stop training the complete network after 30 of 200 thousand updates for 0.5.
 
     Args:
-        model: a folder of a pipeline that training exported.
+        model: a pipeline: bundled, a folder or a repository of the hub.
+        pipe: the same, opened.
         method: one of `METHODS`.
         flops: share of the blocks' multiply-adds to be spent.
         data: keys of the data section.
         settings: other keys of the run.
 
     Raises:
-        FileNotFoundError: no such pipeline.
-        ConfigError: another method, or a pipeline that it does not work on; the message names those it does.
+        FileNotFoundError: no such data.
+        ConfigError: another method, or a kind of pipeline that no task goes on from.
     """
     if method not in METHODS:
         raise ConfigError(f"method {method!r} is unknown; there is {', '.join(METHODS)}")
-    pipe = hub.load(model)
-    if not isinstance(pipe, ClassConditionalPipeline):
-        raise ConfigError(f"{model} is a {type(pipe).__name__}; {method} works on pipelines of a DiT or SiT")
     settings = dict(settings or {})
-    steps, strong = settings.get("steps", 1), flops < 0.6
-    warmup = max(1, min(1000, steps // 4))
+    strong, warmup = flops < 0.6, max(1, min(1000, settings.get("steps", 1) // 4))
     budget = {"flops": flops, "warmup": warmup, "hold": warmup // 10}
     if strong:
         budget["complete_until"] = 0.15
-    return {
+    rate = {"lr": 1e-4, "skip_grad_norm": 200.0} if strong else {"lr": 2.5e-5, "skip_grad_norm": 50.0}
+    own = {
         "name": method,
-        "precision": "bf16" if torch.cuda.is_available() else "no",
-        **settings,
-        **_of_classes(pipe, Path(model), data),
         "objective": {method: budget},
-        "optimizer": {
-            "lr": 1e-4 if strong else 2.5e-5,
-            "skip_grad_norm": 200.0 if strong else 50.0,
-            **settings.get("optimizer", {}),
-        },
+        "optimizer": {**rate, **settings.pop("optimizer", {})},
     }
-
-
-def _of_classes(pipe: ClassConditionalPipeline, folder: Path, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Task and data for a network of classes."""
-    flow, size = "FlowMatch" in type(pipe.scheduler).__name__, pipe.transformer.latent_size
-    section = {"size": size[0] * pipe.scale, **data}
-    options: dict[str, Any] = {
-        "arch": "dydit",
-        "inherit_from": str(folder),
-        "process": "flow" if flow else "gaussian",
-    }
-    if pipe.transformer.y_embedder.dropout <= 0:
-        options["class_dropout"] = 0.0
-    if pipe.vae is None:
-        options["pixels"], section["size"] = size[0], max(64, size[0])
-    elif data.get("kind") != "latents":
-        options["autoencoder"] = str(folder / "vae")
-    section = DataConfig.model_validate(section).model_dump(mode="json")
-    return {"task": "class-to-image", "task_options": options, "data": section}
+    run = run_on(model, pipe, data, {**own, **settings})
+    run["task_options"]["dynamic"] = {}
+    return run
 
 
 def compress(run: RunConfig, out: Path, resume: bool = False) -> Path:

@@ -14,6 +14,7 @@ from torch import nn
 from ditkit import hub
 from ditkit.data.config import Section
 from ditkit.models import model_folder
+from ditkit.models.dydit import dynamic
 from ditkit.training.config import ConfigError, RunConfig
 from ditkit.training.optimizers import OwnRate
 from ditkit.training.order import BatchNoise
@@ -128,6 +129,19 @@ class Task(nn.Module):
         except ValueError as error:
             raise ConfigError(f"{self.run.name}.task_options.{key}: {error}") from error
         return load_frozen(cls, folder)
+
+    def made_dynamic(self, network: Any) -> Any:
+        """The network in the form that the option `dynamic` asks for.
+
+        Raises:
+            ConfigError: it has no such form.
+        """
+        if self.options.dynamic is None:
+            return network
+        try:
+            return dynamic(network, **self.options.dynamic)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{self.run.name}.task_options.dynamic: {error}") from error
 
     def started(self, cls: Any) -> Any:
         """The pipeline of that class that the option `start_from` names, an earlier stage, a folder, a

@@ -43,12 +43,14 @@ class ClassToImageOptions(TaskOptions):
     """`process`: `gaussian` trains noise, and variance where the network learns one, `flow` velocity on the
     linear path. `inherit_from`: an earlier stage or a model's folder. `start_from`, in place of `arch`: an
     earlier stage or a pipeline's folder, whose network, autoencoder and, where the data are of no others,
-    classes it takes over."""
+    classes it takes over; with `dynamic`, options of its routers, that network learns which of its parts to
+    run (objective `dydit`)."""
 
     arch: str | None = None
     model: dict[str, Any] = {}
     inherit_from: str | None = None
     start_from: str | None = None
+    dynamic: dict[str, Any] | None = None
     process: Literal["gaussian", "flow"] = "gaussian"
     pixels: int | None = None
     autoencoder: str | None = None
@@ -61,6 +63,8 @@ class ClassToImageOptions(TaskOptions):
             raise ValueError(
                 "give arch, an architecture to begin with, or start_from, a pipeline to go on from"
             )
+        if self.start_from is None and self.dynamic is not None:
+            raise ValueError("dynamic needs start_from; a network to begin with is arch: dydit")
         if self.start_from is not None and (self.model or self.inherit_from is not None):
             raise ValueError("start_from takes the network as it is, without model and inherit_from")
         return self
@@ -129,7 +133,7 @@ class ClassToImageTask(Task):
     def _build(self) -> Any:
         options = self.options
         if self.pipeline is not None:
-            return self._continued()
+            return self.made_dynamic(self._continued())
         channels, height, width = self.samples.shape[1:]
         shape = DataShape((height, width), channels, len(self.classes), options.process == "gaussian")
         try:

@@ -23,14 +23,18 @@ from ditkit.training.tasks.text_encoders import tokenize
 
 
 class TextToImageOptions(FlowMatchingOptions):
-    """`start_from`, in place of the earlier stages and of `transformer`: a pipeline to go on from."""
+    """`start_from`, in place of the earlier stages and of `transformer`: a pipeline to go on from. `dynamic`:
+    options of the routers by which its transformer learns which tokens to run (objective `dydit`)."""
 
     text_encoders: str = "text_encoders"
     transformer: dict[str, Any] = {}
     start_from: str | None = None
+    dynamic: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _one_start(self) -> TextToImageOptions:
+        if self.start_from is None and self.dynamic is not None:
+            raise ValueError("dynamic needs start_from, a pipeline with a trained transformer")
         if bool(self.transformer) == (self.start_from is not None):
             raise ValueError(
                 "give transformer, settings to begin with, or start_from, a pipeline to go on from"
@@ -40,6 +44,7 @@ class TextToImageOptions(FlowMatchingOptions):
 
 class TextToImageTask(FlowMatchingTask):
     Options = TextToImageOptions
+    takes_objectives = True
     autoencoder: Any
     transformer: Any
     text_encoder: Any
@@ -66,13 +71,15 @@ class TextToImageTask(FlowMatchingTask):
         image_ids[..., 2] = torch.arange(side)[None]
         self.register_buffer("image_ids", image_ids.reshape(-1, 3), persistent=False)
         self.register_buffer("text_ids", torch.zeros(self.tokenizer.model_max_length, 3), persistent=False)
+        self.objectives = self.plain_objectives(self.transformer)
 
     def _open_parts(self) -> None:
         """Tokenizer, text encoders, autoencoder and transformer."""
         options, pipe = self.options, self.started(FluxPipeline)
         if pipe is not None:
             self._check_parts(pipe)
-            self.tokenizer, self.autoencoder, self.transformer = pipe.tokenizer, pipe.vae, pipe.transformer
+            self.tokenizer, self.autoencoder = pipe.tokenizer, pipe.vae
+            self.transformer = self.made_dynamic(pipe.transformer)
             self.text_encoder, self.text_encoder_2 = pipe.text_encoder, pipe.text_encoder_2
             return
         texts = self.stage_folder(options.text_encoders)
@@ -124,7 +131,7 @@ class TextToImageTask(FlowMatchingTask):
         return periods(self.run.data, self.pictures)
 
     def forward(self, indices: torch.Tensor, noise: BatchNoise) -> dict[str, torch.Tensor]:
-        return {"loss": self.flow_loss(self.latents[indices], self.tokens[indices], noise)}
+        return self.flow_losses(self.latents[indices], self.tokens[indices], noise, self.transformer)
 
     def velocity(self, noisy: torch.Tensor, sigma: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         return self.transformer(
