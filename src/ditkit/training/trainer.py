@@ -101,6 +101,7 @@ def run_stage(
             from ditkit.training.adapt import Adapted  # needs peft, which no other run does
 
             task = Adapted(task, run.adapter)
+        task.train()  # networks that were loaded come in evaluation mode
         trainer = Trainer(run, folder, task, accelerator, measure)
         trainer.fit()
         if accelerator.is_main_process:

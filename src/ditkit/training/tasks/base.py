@@ -98,6 +98,15 @@ class Task(nn.Module):
         """In how many epochs each sample comes once; None: in each."""
         return None
 
+    def train(self, mode: bool = True) -> Task:
+        """What is not trained stays as it is in use, without dropout."""
+        super().train(mode)
+        for part in self.children():
+            parameters = list(part.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                part.eval()
+        return self
+
     def forward(self, indices: torch.Tensor, noise: BatchNoise) -> dict[str, torch.Tensor]:
         """Losses of the samples `indices` (B,): scalars, means over the samples; `"loss"` is minimised."""
         raise NotImplementedError
