@@ -153,6 +153,27 @@ CASES: dict[str, Case] = {
             told={"num_heads": 4},
         ),
         Case(
+            "dydit",
+            dict(
+                input_size=8,
+                hidden_size=32,
+                depth=2,
+                num_heads=4,
+                num_classes=5,
+                width_bias=0.3,  # so that about half is chosen
+                token_bias=0.0,
+            ),
+            published=(
+                # Routers as counted in the authors' module; all on, 118.69 G by their table.
+                Published("dydit-s/2", 32_963_360 + 157_380),
+                Published("dydit-b/2", 130_512_416 + 646_548),
+                Published("dydit-xl/2", 678_424_644, 118.69),
+                Published("dydit-sit-xl/2", 678_424_644),
+            ),
+            fixed=frozenset({"pos_embed"}),
+            told={"width_bias": 0.3, "token_bias": 0.0},
+        ),
+        Case(
             "switch-dit",
             dict(input_size=8, hidden_size=32, depth=2, num_heads=4, num_classes=5),
             published=(

@@ -43,6 +43,12 @@ def test_every_objective_is_in_the_table() -> None:
         assert entry.paper.url in TEXT
 
 
+def test_every_adapter_is_in_the_table() -> None:
+    for name, entry in registry.entries("adapter").items():
+        assert f"| `{name}` |" in TEXT
+        assert entry.paper.url in TEXT
+
+
 def test_options_of_the_first_example_are_real() -> None:
     for text in re.findall(r"--with ((?!name:)[a-z-]+:[a-z=0-9,_]+)", TEXT):
         registry.parse_method(text)

@@ -24,7 +24,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "sit": SMALL_DIT,
     **{
         name: {key: value for key, value in CASES[name].tiny.items() if key not in FROM_DATA}
-        for name in ("dico", "dtr", "switch-dit", "lit", "pt-dit", "dimr", "lamamba-diff")
+        for name in ("dico", "dtr", "dydit", "switch-dit", "lit", "pt-dit", "dimr", "lamamba-diff")
     },
 }
 MODELS["dico"]["depth"] = list(MODELS["dico"]["depth"])
@@ -45,6 +45,7 @@ OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "repa": ("dit", {"repa": {"teacher": "TEACHER", "depth": 1, "projector": 16}}),
     "haste": ("dit", {"haste": {"teacher": "TEACHER", "depth": 1, "projector": 16, "attention_layers": [1, 2],
                                 "teacher_layers": [2, 1], "stop_at": 0.7}}),
+    "dydit": ("dydit", {"dydit": {"flops": 0.5, "warmup": 4, "hold": 1}}),
     "sra": ("dit", {"sra": {"student_block": 1, "teacher_block": 2}}),
 }  # fmt: skip
 

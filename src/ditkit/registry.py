@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-Kind = Literal["method", "model", "fitter", "objective"]
+Kind = Literal["method", "model", "fitter", "objective", "adapter"]
 
 _HOMES: dict[str, str] = {
     "method": "ditkit.methods",
     "model": "ditkit.models",
     "fitter": "ditkit.fitting",
     "objective": "ditkit.training.objectives",
+    "adapter": "ditkit.adapters",
 }
 _entries: dict[tuple[str, str], Entry] = {}
 _discovered: set[str] = set()

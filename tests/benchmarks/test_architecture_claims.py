@@ -20,6 +20,8 @@ from benchmarks.architectures import (
     switch_dit,
     toy,
 )
+from benchmarks.training import dydit
+from ditkit.training.objectives.dydit import DyDiTOptions
 
 PLAN = toy.Plan(steps=2, seeds=(0, 1), batch=2, points=2)
 
@@ -179,3 +181,14 @@ def test_work_of_blocks() -> None:
     )
     shares = {side: multiply_adds.proxy_share(side) for side in multiply_adds.SIDES}
     assert all(claim.holds for claim in multiply_adds.claims(linear, square, shares))
+
+
+def test_dynamic_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"hidden_size": 32, "depth": 1, "num_heads": 4}
+    monkeypatch.setattr(dydit, "CONFIG", dydit.CONFIG | small)
+    budget = DyDiTOptions(flops=0.5, warmup=1, hold=0, complete_until=0.5)
+    found = dydit.run(PLAN, 2, budget)
+    told(dydit.claims(PLAN, 2, found, budget, turns=1), "dydit", 3)
+    assert [list(trained.curve) for trained in found["halved"]] == [[1, 2, 3]] * 2
+    assert [dydit.spent(trained.model) for trained in found["halved"]] == [0.5, 0.5]
+    assert dydit.spent(dydit.dynamic(found["whole"][0].model)) == 1.0

@@ -15,6 +15,7 @@ from torch import Tensor
 from ditkit import models, registry
 from ditkit.models.dimr import multi_scale_loss
 from ditkit.models.dtr import UncertaintyWeighting, min_snr_losses
+from ditkit.models.dynamic import choosing
 from ditkit.models.lit import distillation_losses
 from ditkit.seams.taps import Reading, reading
 from ditkit.training.checkpoint import newest
@@ -65,10 +66,33 @@ def aligned(name: str, task: Any, rows: Tensor, noise: BatchNoise) -> Tensor:
     return loss + 0.5 * attention_loss(ours, [view.attention[2], view.attention[1]]).mean()
 
 
+def budgeted(task: Any, rows: Tensor, noise: BatchNoise) -> Tensor:
+    """The loss as chosen and complete, and the budget's after the whole of its warm-up."""
+    clean, labels = task.samples[rows], task.labels[rows]
+    epsilon, uniform = noise.normal(*clean.shape[1:]), noise.uniform()
+    t = ((rows % 4 + uniform) / 4 * 1000).long()
+    dropped = (noise.uniform() < 0.1).long()
+
+    def loss() -> Tensor:
+        def network(x: Tensor, time: Tensor) -> Tensor:
+            return task.model(x, time, labels, force_drop_ids=dropped).sample
+
+        return task.process.training_losses(network, clean, t, epsilon)["loss"].mean()
+
+    with choosing(task.model, draw=noise.uniform) as chosen:
+        as_chosen = loss()
+    with choosing(task.model, complete=True):
+        complete = loss()
+    assert not torch.equal(as_chosen, complete)
+    return as_chosen + complete + 2 * (chosen.ratio().mean() - 0.5) ** 2
+
+
 def direct(name: str, task: Any, rows: Tensor, noise: BatchNoise, teacher: str) -> Tensor:
     """The loss by the functions beside the architectures."""
     if name in ("repa", "haste", "sra"):
         return aligned(name, task, rows, noise)
+    if name == "dydit":
+        return budgeted(task, rows, noise)
     groups = 4 if name in ("uncertainty-weighting", "both") else 1
     seen = plain(task, rows, noise, groups)
     losses, t = seen["losses"], seen["t"]
@@ -110,6 +134,8 @@ def test_parts_of_a_batch_make_up_the_whole(training_file, teacher, name):
         for part in split_rows(len(rows), 4)
     ]
     for key, value in whole.items():
+        if name == "dydit" and key in ("budget", "loss"):
+            continue  # the square of a mean over the batch, which only processes share
         together = torch.stack([part[key] for part in parts]).mean()
         torch.testing.assert_close(together, value, rtol=1e-5, atol=1e-6)
 
@@ -141,7 +167,7 @@ SCRIPT = "import sys\nfrom ditkit.training.trainer import train\nfor path in sys
 
 
 def test_two_processes_equal_one(training_file, tmp_path, teacher):
-    names = ["both", "switch-prior", "multi-scale", "distillation", "haste", "sra"]
+    names = ["both", "switch-prior", "multi-scale", "distillation", "haste", "sra", "dydit"]
     for name in names:
         train(training_file(f"one-{name}", steps=3, **changes(name, teacher)))
     paths = [training_file(f"two-{name}", steps=3, **changes(name, teacher)) for name in names]

@@ -10,7 +10,21 @@ from typing import Annotated
 import typer
 
 from ditkit import __version__
-from ditkit.cli import bench, compare, convert, data, demo, evaluate, fit, generate, listing, train, tune
+from ditkit.cli import (
+    adapt,
+    bench,
+    compare,
+    compress,
+    convert,
+    data,
+    demo,
+    evaluate,
+    fit,
+    generate,
+    listing,
+    train,
+    tune,
+)
 from ditkit.cli.common import console, set_debug
 
 app = typer.Typer(
@@ -23,7 +37,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for group in (demo, generate, bench, tune, evaluate, train, compare, fit, listing, data, convert):
+GROUPS = (
+    demo, generate, bench, tune, evaluate, train, adapt, compress, compare, fit, listing, data, convert,
+)  # fmt: skip
+for group in GROUPS:
     group.add_to(app)
 
 

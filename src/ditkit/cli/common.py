@@ -74,6 +74,7 @@ def _is_wrong_use(error: Exception) -> bool:
     return bool(
         names
         & {
+            "AdapterError",
             "UnsupportedModelError",
             "ConflictError",
             "ConfigError",
@@ -169,3 +170,23 @@ def bar(unit: str = "steps") -> Progress:
         transient=True,
         disable=not notices.is_terminal,
     )
+
+
+def pair(text: str, what: str) -> tuple[str, str]:
+    """Key and value of `key=value`; `what` it is, for messages."""
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UsageError(f"{what} {text!r} is not of the form key=value")
+    return key.strip(), value.strip()
+
+
+def data_section(text: str) -> dict[str, Any]:
+    """The keys of the data section that `--data` names: a folder, or the bundled set."""
+    if text == "emoji":
+        return {"kind": "emoji"}
+    path = Path(text)
+    if not path.is_dir():
+        raise UsageError(f"--data {text}: no such folder of pictures, and not emoji")
+    from ditkit.data.latents import MANIFEST
+
+    return {"kind": "latents" if (path / MANIFEST).is_file() else "folder", "path": str(path)}

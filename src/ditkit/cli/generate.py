@@ -66,6 +66,13 @@ def generate(
             "--recipe", help="A recipe.yaml that `ditkit tune` wrote; methods of --with come after it."
         ),
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter",
+            help="A folder that `ditkit adapt` wrote, or FOLDER:0.7 to add so much of it; several add up.",
+        ),
+    ] = None,
     seed: Seed = 0,
     steps: StepsOfRecipe = None,
     guidance: Guidance = None,
@@ -105,7 +112,10 @@ def generate(
         told = opened.settings
         steps = steps or opened.steps or told.steps
         guidance, pixels = told.guidance if guidance is None else guidance, pixels or told.size
+    wanted = [_weighted(text) for text in adapter or ()]
     pipe = load(model)
+    if wanted:
+        _put_on(pipe, wanted)
     if out.suffix.lower() in CLIPS and not draws_clips(pipe):
         raise UsageError(
             f"--out {out}: {model} draws pictures, not clips; end the name in {' or '.join(PICTURES)}"
@@ -135,6 +145,33 @@ def generate(
     notices.print(f"{len(prompt)} {what} in {drawn.seconds:.2f} s", highlight=False)
     if report is not None:
         notices.print(report)
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    """Folder and weight of `FOLDER` or `FOLDER:0.7`.
+
+    Raises:
+        UsageError: no such folder, or a weight that is none.
+    """
+    folder, colon, weight = text.rpartition(":")
+    if not colon or Path(text).is_dir():
+        folder, weight = text, "1"
+    if not Path(folder).is_dir():
+        raise UsageError(f"--adapter {text}: no folder {folder}")
+    try:
+        return Path(folder), float(weight)
+    except ValueError:
+        raise UsageError(f"--adapter {text}: {weight!r} is not a number") from None
+
+
+def _put_on(pipe: Any, wanted: list[tuple[Path, float]]) -> None:
+    """Load adapters and switch to all of them at once."""
+    from ditkit.adapters import store
+
+    weights = {}
+    for place, (folder, weight) in enumerate(wanted):
+        weights[store.load(pipe, folder, f"adapter-{place}")] = weight
+    store.use(pipe, weights)
 
 
 def _check_classes(pipe: Any, prompts: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""`ditkit methods`, `ditkit models` and `ditkit objectives`: what there is."""
+"""`ditkit methods`, `ditkit models`, `ditkit objectives` and `ditkit adapters`: what there is."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def add_to(app: typer.Typer) -> None:
     app.command(epilog="Example: ditkit methods taylorseer")(guarded(methods))
     app.command(epilog="Example: ditkit models")(guarded(models))
     app.command(epilog="Example: ditkit objectives distillation")(guarded(objectives))
+    app.command(epilog="Example: ditkit adapters diffscaler")(guarded(adapters))
 
 
 def methods(
@@ -58,6 +59,13 @@ def objectives(
 ) -> None:
     """List what a training file's `objective:` can name: changes to the loss, with their papers."""
     _show("objective", name)
+
+
+def adapters(
+    name: Annotated[str | None, typer.Argument(help="Show this adapter's options.")] = None,
+) -> None:
+    """List what `ditkit adapt --method` can name: parameters beside a frozen model, with their papers."""
+    _show("adapter", name)
 
 
 def _sizes(architecture: str, variant: str | None) -> None:

@@ -10,8 +10,10 @@ where every token has its own.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -103,7 +105,14 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelDropout(nn.Module):
-    """Labels dropped at random in training; with `dropout > 0` there is a null class for "no label"."""
+    """Labels dropped at random in training; with `dropout > 0` there is a null class for "no label".
+
+    Attributes:
+        class_names: in the order of their labels, where they are not those of the model's pipeline: an
+            adapter brings classes of its own.
+    """
+
+    class_names: list[str] | None = None
 
     def __init__(self, num_classes: int, dropout: float) -> None:
         super().__init__()
@@ -148,6 +157,26 @@ class LabelEmbedder(LabelDropout):
 
     def forward(self, labels: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
         return self.embedding_table(self.drop(labels, force_drop_ids))
+
+
+def relabelled(embedder: LabelDropout, class_names: Sequence[str]) -> LabelDropout:
+    """A copy for other classes, whose every row is the null class's (where there is none, the mean row).
+
+    Raises:
+        ValueError: the embeddings are not in the embedder, but elsewhere in the model.
+    """
+    fresh = copy.deepcopy(embedder)
+    fresh.class_names, fresh.num_classes = list(class_names), len(class_names)
+    tables = [(name, part) for name, part in fresh.named_modules() if isinstance(part, nn.Embedding)]
+    if not tables:
+        raise ValueError(f"{type(embedder).__name__} has no table of classes that could be replaced")
+    for name, table in tables:
+        weight = table.weight.detach()
+        row = (
+            weight[embedder.null_label :] if embedder.dropout > 0 else weight.mean(0, keepdim=True)
+        )  # (1, D)
+        fresh.set_submodule(name, nn.Embedding.from_pretrained(row.repeat(fresh.num_rows, 1), freeze=False))
+    return fresh
 
 
 class Attention(nn.Module):

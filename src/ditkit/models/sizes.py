@@ -46,6 +46,9 @@ def _dit_table() -> dict[str, Size]:
 
 PUBLISHED: dict[str, Size] = {
     **_dit_table(),
+    "dydit-s/2": Size(33_120_740),
+    "dydit-b/2": Size(131_158_964),
+    "dydit-xl/2": Size(678_424_644, 118.69),
     "dico-s": Size(33_137_672, 4.25),
     "dico-b": Size(129_992_712, 16.88),
     "dico-l": Size(463_897_992, 60.24),

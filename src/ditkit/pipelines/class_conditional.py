@@ -120,7 +120,8 @@ class ClassConditionalPipeline(DenoisingPipeline):
         Raises:
             ValueError: no such class; the nearest names.
         """
-        return find_class(self.class_names, asked, self.transformer.y_embedder.num_classes)
+        embedder = self.transformer.y_embedder  # an adapter may have put classes of its own in
+        return find_class(embedder.class_names or self.class_names, asked, embedder.num_classes)
 
     def _network(
         self,

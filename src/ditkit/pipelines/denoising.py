@@ -151,7 +151,7 @@ class DenoisingPipeline(DiffusionPipeline):
         callback: Callback | None,
     ) -> Tensor:
         """The loop over the scheduler's timesteps, from noise to latents (B, C, H, W)."""
-        scheduler, flow = self.scheduler, _is_flow(self.scheduler)
+        scheduler, flow = self.scheduler, is_flow(self.scheduler)
         if flow and "sigmas" in inspect.signature(scheduler.set_timesteps).parameters:
             # Even steps down to zero; the schedulers' own choice makes a last step of a thousandth.
             scheduler.set_timesteps(
@@ -212,7 +212,7 @@ class DenoisingPipeline(DiffusionPipeline):
         if scheduler is None:
             return
         sit, variance = isinstance(self.transformer, SiT), self.transformer.out_channels > channels
-        if (variance and not sit) if _is_flow(scheduler) else sit:
+        if (variance and not sit) if is_flow(scheduler) else sit:
             raise ValueError(
                 f"{type(scheduler).__name__} does not fit a {type(self.transformer).__name__}: a SiT needs a "
                 "flow-matching scheduler or a sampler, a DiT with learned variance one of the others"
@@ -223,7 +223,7 @@ class DenoisingPipeline(DiffusionPipeline):
             )
 
 
-def _is_flow(scheduler: Any) -> bool:
+def is_flow(scheduler: Any) -> bool:
     """Flow-matching schedulers have no class in common, only their names."""
     return "FlowMatch" in type(scheduler).__name__
 

@@ -86,11 +86,26 @@ class EvaluationConfig(Section):
         return self
 
 
+class AdapterConfig(Section):
+    """An adapter to be trained in place of the network, which `task_options.start_from` names.
+
+    Args:
+        kind: one of `ditkit adapters`.
+        options: its own.
+        layers: names of layers, or their endings; None: those of every block.
+    """
+
+    kind: str
+    options: dict[str, Any] = {}
+    layers: list[str] | None = None
+
+
 class RunConfig(Section):
     """One run of the trainer.
 
     `task` names what is trained; `task_options` are its own keys. `objective` are changes to its loss: names
-    (`ditkit objectives`) and their options, in any order. `compile`: true, or a mode of `torch.compile`.
+    (`ditkit objectives`) and their options, in any order. With an `adapter`, that alone is trained and
+    exported. `compile`: true, or a mode of `torch.compile`.
     """
 
     name: str
@@ -105,6 +120,7 @@ class RunConfig(Section):
     compile: CompileMode | None = None
     data: DataConfig = DataConfig()
     objective: dict[str, dict[str, Any]] = {}
+    adapter: AdapterConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     ema: EMAConfig | None = EMAConfig()

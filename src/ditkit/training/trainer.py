@@ -104,7 +104,8 @@ def run_stage(
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / "config.yaml", yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
         accelerator.wait_for_everyone()
-        task = find(run.task)(run, folder, earlier)
+        task = _task(run, folder, earlier)
+        task.train()  # networks that were loaded come in evaluation mode
         evaluation = None
         if run.evaluation and accelerator.is_main_process:
             evaluation = Evaluation(run.evaluation, task)
@@ -122,6 +123,16 @@ def run_stage(
             tracker.finish()  # `end_training` would take the process group from the stages after this one
     finally:
         AcceleratorState._reset_state()  # the next stage may have another precision
+
+
+def _task(run: configuration.RunConfig, folder: Path, earlier: dict[str, Path]) -> Task:
+    """What a stage trains."""
+    task = find(run.task)(run, folder, earlier)
+    if run.adapter is None:
+        return task
+    from ditkit.training.adapt import Adapted  # needs peft, which no other run does
+
+    return Adapted(task, run.adapter)
 
 
 class Trainer:
@@ -391,7 +402,7 @@ class Trainer:
             return None
         if self._twin is None:
             with torch.random.fork_rng():
-                self._twin = type(self.task)(self.run, self.folder, self.task.earlier)
+                self._twin = _task(self.run, self.folder, self.task.earlier)
             self._twin.to(self.accelerator.device).eval()
         parameters = dict(self._twin.named_parameters())
         for name, tensor in tensors.items():

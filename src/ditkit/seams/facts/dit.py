@@ -129,7 +129,7 @@ _LUMINA_NEXT = Anatomy(
     ),
 )
 
-_OWN_DIT = Anatomy(
+DIT = Anatomy(
     name="DiT",
     text="none",
     grid=own_grid,
@@ -148,4 +148,4 @@ _OWN_DIT = Anatomy(
     ),
 )
 
-ANATOMIES = (_DIT, _PIXART, _LATTE, _ALLEGRO, _LUMINA_NEXT, _OWN_DIT)
+ANATOMIES = (_DIT, _PIXART, _LATTE, _ALLEGRO, _LUMINA_NEXT, DIT)

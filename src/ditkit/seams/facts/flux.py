@@ -16,7 +16,7 @@ _ARGUMENTS = ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_em
 _ROTARY = {"image_rotary_emb": pair(0, "prefix")}
 _DOUBLE = double_stream("transformer_blocks", _ARGUMENTS, TEXT_FIRST, _ROTARY)
 
-_FLUX = Anatomy(
+FLUX = Anatomy(
     name="FluxTransformer2DModel",
     text="prefix",
     grid=packed_grid,
@@ -26,7 +26,7 @@ _FLUX = Anatomy(
 )
 
 _BRIA_FIBO = dataclasses.replace(
-    _FLUX,
+    FLUX,
     name="BriaFiboTransformer2DModel",
     packed=1,
     # Between the blocks, half of the text's channels are replaced by a layer of the text encoder.
@@ -37,12 +37,12 @@ _BRIA_FIBO = dataclasses.replace(
 )
 
 _OVIS = dataclasses.replace(
-    _FLUX,
+    FLUX,
     name="OvisImageTransformer2DModel",
     stacks=(
         _DOUBLE,
         dataclasses.replace(
-            _FLUX.stacks[1],
+            FLUX.stacks[1],
             # Its gated feed-forward splits what proj_mlp gives by width: that has to run, on no token.
             units=(Unit("proj_out", bypass=("norm.norm", "attn")),),
         ),
@@ -51,7 +51,7 @@ _OVIS = dataclasses.replace(
 
 _CHROMA_ROWS = {**_ROTARY, "attention_mask": table(-1, "prefix")}
 _CHROMA = dataclasses.replace(
-    _FLUX,
+    FLUX,
     name="ChromaTransformer2DModel",
     stacks=(
         double_stream("transformer_blocks", (*_ARGUMENTS, "attention_mask"), TEXT_FIRST, _CHROMA_ROWS),
@@ -152,10 +152,10 @@ _FLUX3 = Anatomy(
 )
 
 ANATOMIES = (
-    _FLUX,
-    dataclasses.replace(_FLUX, name="BriaTransformer2DModel"),
+    FLUX,
+    dataclasses.replace(FLUX, name="BriaTransformer2DModel"),
     _OVIS,
-    dataclasses.replace(_FLUX, name="LongCatImageTransformer2DModel"),
+    dataclasses.replace(FLUX, name="LongCatImageTransformer2DModel"),
     _BRIA_FIBO,
     _CHROMA,
     _FLUX2,

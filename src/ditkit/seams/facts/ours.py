@@ -7,12 +7,15 @@ B batch, L image tokens, C width, P windows of n tokens.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import Tensor, nn
 
 from ditkit.models.windows import from_windows
 from ditkit.seams.anatomy import Anatomy, Arguments, Stack, Unit
+from ditkit.seams.facts.dit import DIT
+from ditkit.seams.facts.flux import FLUX
 from ditkit.seams.facts.grids import Grid, own_grid, patched_2d
 from ditkit.seams.facts.rows import modulation
 
@@ -37,7 +40,18 @@ _LIT = Anatomy(
     ),
 )
 
-OURS: dict[str, Anatomy] = {anatomy.name: anatomy for anatomy in (_LIT,)}
+_DYDIT = dataclasses.replace(
+    DIT,
+    name="DyDiT",
+    unfit={"attention": "its heads change from step to step, so that nothing can be kept for a head"},
+)
+_DYFLUX = dataclasses.replace(
+    FLUX,
+    name="DyFluxTransformer2DModel",
+    unfit={"units": "each step runs other tokens through its feed-forwards, gathered into one sequence"},
+)
+
+OURS: dict[str, Anatomy] = {anatomy.name: anatomy for anatomy in (_LIT, _DYDIT, _DYFLUX)}
 
 _LEVELS = (
     "its blocks work at several resolutions, joined across by skip connections, so that none can be left out"

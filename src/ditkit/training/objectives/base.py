@@ -18,6 +18,7 @@ Dimensions: B samples of the part at hand, C channels, H and W.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,6 +96,7 @@ class TrainingStep:
         pictures: gives the clean pictures in the data's own size, (B, 3, H', W') in [-1, 1].
         averaged: gives the run's average of the network's trained parameters by name, as it is before the
             update; empty where the run keeps none.
+        again: runs the network once more on the same input, and gives what `losses` holds.
     """
 
     model: Any
@@ -115,6 +117,7 @@ class TrainingStep:
     inside: Inside = field(default_factory=Inside)
     pictures: Callable[[], Tensor] = no_pictures
     averaged: Callable[[], Mapping[str, Tensor]] = dict
+    again: Callable[[], dict[str, Tensor]] = dict
 
 
 class Term(NamedTuple):
@@ -132,12 +135,15 @@ class Objective(nn.Module):
 
     Attributes:
         claims: what only one objective may do: "times", "error", "alignment" with a vision transformer.
+        plain: whether of a step it needs the network, the losses, `draws` and `again` alone, so that tasks
+            whose conditions are no labels take it too.
         learning_rate: of its own parameters, without weight decay; None: as the run's.
     """
 
     Options: type[Section] = Section
-    claims: ClassVar[frozenset[str]] = frozenset()
+    claims: frozenset[str] = frozenset()
     learning_rate: float | None = None
+    plain: ClassVar[bool] = False
 
     def __init__(self, options: Any, setting: Setting) -> None:
         """
@@ -150,6 +156,10 @@ class Objective(nn.Module):
     def reads(self, step: int, progress: float) -> Reading:
         """What to read inside the network in the forward after `step` updates; see `TrainingStep.inside`."""
         return Reading()
+
+    def around(self, model: Any, draws: BatchNoise) -> contextlib.AbstractContextManager[Any]:
+        """What the forward of the network, `model`, runs in."""
+        return contextlib.nullcontext()
 
     def times(self, uniform: Tensor, draws: BatchNoise) -> Tensor:
         """Where in the schedule the samples lie: uniform numbers (B,) to others in [0, 1); claim "times"."""

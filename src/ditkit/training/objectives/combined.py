@@ -5,7 +5,8 @@ They are taken in the order of their names, so that the order in a file changes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,14 @@ class Objectives(nn.Module):
         for _, objective in self._items():
             wanted = wanted | objective.reads(step, progress)
         return wanted
+
+    @contextlib.contextmanager
+    def around(self, model: nn.Module, draws: BatchNoise) -> Iterator[None]:
+        """What the forward of the network, `model`, runs in."""
+        with contextlib.ExitStack() as stack:
+            for _, objective in self._items():
+                stack.enter_context(objective.around(model, draws))
+            yield
 
     def times(self, uniform: Tensor, draws: BatchNoise) -> Tensor:
         """Where in the schedule the samples lie, (B,) in [0, 1)."""

@@ -11,8 +11,10 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import nn
 
+from ditkit import hub
 from ditkit.data.config import Section
 from ditkit.models import model_folder
+from ditkit.models.dydit import dynamic
 from ditkit.training.config import ConfigError, RunConfig
 from ditkit.training.optimizers import OwnRate
 from ditkit.training.order import BatchNoise
@@ -33,6 +35,8 @@ class Task(nn.Module):
     Options: type[TaskOptions] = TaskOptions
     # Gives the run's averaged parameters by name; the trainer puts its own here when it keeps an average.
     averaged: Callable[[], dict[str, torch.Tensor]] = dict
+    # The classes of the data where they are not those of the pipeline that it starts from.
+    new_classes: list[str] | None = None
     takes_objectives: ClassVar[bool] = False
 
     def __init__(self, run: RunConfig, folder: Path, earlier: dict[str, Path]) -> None:
@@ -77,6 +81,15 @@ class Task(nn.Module):
         return folder
 
     @property
+    def network(self) -> nn.Module:
+        """What an adapter can be put on.
+
+        Raises:
+            ConfigError: this task trains nothing of that kind.
+        """
+        raise ConfigError(f"{self.run.name}.adapter: task {self.run.task!r} has no network to adapt")
+
+    @property
     def sample_count(self) -> int:
         """Number of training samples."""
         raise NotImplementedError
@@ -84,6 +97,15 @@ class Task(nn.Module):
     def sample_periods(self) -> list[int] | None:
         """In how many epochs each sample comes once; None: in each."""
         return None
+
+    def train(self, mode: bool = True) -> Task:
+        """What is not trained stays as it is in use, without dropout."""
+        super().train(mode)
+        for part in self.children():
+            parameters = list(part.parameters())
+            if parameters and not any(parameter.requires_grad for parameter in parameters):
+                part.eval()
+        return self
 
     def forward(self, indices: torch.Tensor, noise: BatchNoise) -> dict[str, torch.Tensor]:
         """Losses of the samples `indices` (B,): scalars, means over the samples; `"loss"` is minimised."""
@@ -116,6 +138,43 @@ class Task(nn.Module):
         except ValueError as error:
             raise ConfigError(f"{self.run.name}.task_options.{key}: {error}") from error
         return load_frozen(cls, folder)
+
+    def made_dynamic(self, network: Any) -> Any:
+        """The network in the form that the option `dynamic` asks for.
+
+        Raises:
+            ConfigError: it has no such form.
+        """
+        if self.options.dynamic is None:
+            return network
+        try:
+            return dynamic(network, **self.options.dynamic)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{self.run.name}.task_options.dynamic: {error}") from error
+
+    def started(self, cls: Any) -> Any:
+        """The pipeline of that class that the option `start_from` names, an earlier stage, a folder, a
+        bundled one or one of the hub, in float32; None when it names none.
+
+        Raises:
+            ConfigError: there is none, or it is of another class.
+        """
+        name = self.options.start_from
+        if name is None:
+            return None
+        where = f"{self.run.name}.task_options.start_from"
+        try:
+            pipe = hub.load(self.stage_folder(name) if name in self.earlier else name)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{where}: {error}") from error
+        if not isinstance(pipe, cls):
+            raise ConfigError(
+                f"{where}: {name} is a {type(pipe).__name__}, this task trains a {cls.__name__}"
+            )
+        for part in (pipe.transformer, pipe.vae):
+            if part is not None:
+                part.register_to_config(_name_or_path="")  # no folder of a run in what it exports
+        return pipe
 
 
 def load_frozen(cls: Any, folder: Path) -> Any:

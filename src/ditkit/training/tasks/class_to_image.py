@@ -2,8 +2,9 @@
 
 The network sees pixels (scaled to `pixels` a side) or latents: of an autoencoder, an earlier stage's name or
 a folder, or cached ones (`data: {kind: latents}`). Classes are the emoji groups, or those of the data. It
-starts afresh, or from a trained network of another architecture (`inherit_from`). The file's `objective:`
-changes the loss. The export is a whole `ClassConditionalPipeline` folder with `process.json` in it.
+starts afresh, from a trained network of another architecture (`inherit_from`), or goes on from a pipeline on
+data of its own (`start_from`). The file's `objective:` changes the loss. The export is a whole
+`ClassConditionalPipeline` folder with `process.json` in it.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from typing import Any, Literal
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from pydantic import model_validator
 
 from ditkit.data.latents import LatentSet, open_samples
 from ditkit.data.pictures import class_labels, grid, periods
 from ditkit.models.building import DataShape, build
+from ditkit.models.layers import relabelled
 from ditkit.pipelines.class_conditional import ClassConditionalPipeline
-from ditkit.pipelines.denoising import scheduler_for
+from ditkit.pipelines.denoising import is_flow, scheduler_for
 from ditkit.processes.gaussian import GaussianDiffusion
 from ditkit.processes.gaussian_sampling import trajectory
 from ditkit.processes.transport import Transport
@@ -38,16 +41,33 @@ from ditkit.training.tasks.latents import decode_pictures, network_samples
 
 class ClassToImageOptions(TaskOptions):
     """`process`: `gaussian` trains noise, and variance where the network learns one, `flow` velocity on the
-    linear path. `inherit_from`: an earlier stage or a model's folder."""
+    linear path. `inherit_from`: an earlier stage or a model's folder. `start_from`, in place of `arch`: an
+    earlier stage or a pipeline's folder, whose network, autoencoder and, where the data are of no others,
+    classes it takes over; with `dynamic`, options of its routers, that network learns which of its parts to
+    run (objective `dydit`)."""
 
-    arch: str
+    arch: str | None = None
     model: dict[str, Any] = {}
     inherit_from: str | None = None
+    start_from: str | None = None
+    dynamic: dict[str, Any] | None = None
     process: Literal["gaussian", "flow"] = "gaussian"
     pixels: int | None = None
     autoencoder: str | None = None
     class_dropout: float = 0.1
     preview_steps: int = 50
+
+    @model_validator(mode="after")
+    def _one_start(self) -> ClassToImageOptions:
+        if (self.arch is None) == (self.start_from is None):
+            raise ValueError(
+                "give arch, an architecture to begin with, or start_from, a pipeline to go on from"
+            )
+        if self.start_from is None and self.dynamic is not None:
+            raise ValueError("dynamic needs start_from; a network to begin with is arch: dydit")
+        if self.start_from is not None and (self.model or self.inherit_from is not None):
+            raise ValueError("start_from takes the network as it is, without model and inherit_from")
+        return self
 
 
 class ClassToImageTask(Task):
@@ -63,10 +83,11 @@ class ClassToImageTask(Task):
         options = self.options
         if options.pixels and options.autoencoder:
             raise ConfigError(f"{self.run.name}.task_options: pixels and autoencoder exclude each other")
+        self.pipeline: Any = self.started(ClassConditionalPipeline)
         self.pictures = open_samples(self.run.data)
         if options.pixels and isinstance(self.pictures, LatentSet):
             raise ConfigError(f"{self.run.name}.task_options.pixels: the data are latents, not pixels")
-        labels, self.classes = class_labels(self.pictures)
+        labels, self.classes = class_labels(self.pictures, self._known_classes())
         self.autoencoder = self._open_autoencoder()
         self.register_buffer("samples", self._encode(self.pictures), persistent=False)  # (N, C, H, W)
         self.register_buffer("labels", labels, persistent=False)  # (N,)
@@ -74,8 +95,45 @@ class ClassToImageTask(Task):
         self.process = Transport() if options.process == "flow" else self._gaussian()
         self.objectives = self._objectives()
 
+    @property
+    def network(self) -> Any:
+        return self.model
+
+    def _known_classes(self) -> list[str] | None:
+        """The classes of the pipeline that it goes on from, where the data have no others."""
+        known = None if self.pipeline is None else self.pipeline.class_names
+        return known if known is not None and set(self.pictures.classes) <= set(known) else None
+
+    def _continued(self) -> Any:
+        """The pipeline's network, with a table for the data's classes where they are others; an adapter
+        brings that table itself."""
+        model, shape = self.pipeline.transformer, tuple(self.samples.shape[1:])
+        where = f"{self.run.name}.task_options"
+        if (model.in_channels, *model.latent_size) != shape:
+            raise ConfigError(
+                f"{where}.start_from: its network is for {model.in_channels} x {model.latent_size[0]} x "
+                f"{model.latent_size[1]}, the samples are {' x '.join(map(str, shape))}: "
+                "change data.size or pixels"
+            )
+        trained = "flow" if is_flow(self.pipeline.scheduler) else "gaussian"
+        if trained != self.options.process:
+            raise ConfigError(
+                f"{where}.process: {self.options.process} does not go on from a {trained} network"
+            )
+        if self._known_classes() is None:
+            self.new_classes = self.classes
+            if self.run.adapter is None:
+                try:
+                    model.y_embedder = relabelled(model.y_embedder, self.classes)
+                except ValueError as error:
+                    raise ConfigError(f"{where}.start_from: {error}") from error
+                model.register_to_config(num_classes=len(self.classes))
+        return model
+
     def _build(self) -> Any:
         options = self.options
+        if self.pipeline is not None:
+            return self.made_dynamic(self._continued())
         channels, height, width = self.samples.shape[1:]
         shape = DataShape((height, width), channels, len(self.classes), options.process == "gaussian")
         try:
@@ -125,6 +183,9 @@ class ClassToImageTask(Task):
                     f"{self.run.name}.task_options.autoencoder: cached latents bring their own; leave it out"
                 )
             return load_frozen(AutoencoderKL, self.pictures.autoencoder)
+        if self.pipeline is not None and self.options.autoencoder is None:
+            vae = self.pipeline.vae
+            return None if vae is None else vae.requires_grad_(False).eval()
         return None if self.options.autoencoder is None else self.frozen(AutoencoderKL, "autoencoder")
 
     def _encode(self, pictures: Any) -> torch.Tensor:
@@ -144,7 +205,7 @@ class ClassToImageTask(Task):
         epsilon = noise.normal(*self.samples.shape[1:])  # (B, C, H, W)
         uniform = self.objectives.times(noise.uniform(), noise)  # (B,)
         wanted = self.objectives.reads(noise.step, noise.step / self.run.steps)
-        with reading(self.model, wanted) as inside:
+        with self.objectives.around(self.model, noise), reading(self.model, wanted) as inside:
             step = self._step(self.samples[indices], self.labels[indices], epsilon, uniform, noise)
 
         def pictures() -> torch.Tensor:
@@ -180,21 +241,24 @@ class ClassToImageTask(Task):
         dropped = (noise.uniform() < self.options.class_dropout).long()  # (B,)
         if self.model.y_embedder.dropout <= 0:
             dropped = None
+        process, times = self.process, uniform
+        if isinstance(process, GaussianDiffusion):
+            times = (uniform * process.num_steps).long()
         seen: list[Any] = []
 
         def network(state: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             result = self.model(state, t, labels, force_drop_ids=dropped)
             output = result.sample.float()
             stages = getattr(result, "stages", None)
-            seen.extend((state, t, output, [output] if stages is None else [s.float() for s in stages]))
+            seen[:] = state, t, output, [output] if stages is None else [s.float() for s in stages]
             return output
 
-        if isinstance(self.process, GaussianDiffusion):
-            times = (uniform * self.process.num_steps).long()
-            losses = self.process.training_losses(network, clean, times, epsilon)
-        else:
-            times = uniform
-            losses = self.process.training_losses(network, clean, epsilon, times)
+        def losses() -> dict[str, torch.Tensor]:
+            if isinstance(process, GaussianDiffusion):
+                return process.training_losses(network, clean, times, epsilon)
+            return process.training_losses(network, clean, epsilon, times)
+
+        first = losses()
         noisy, model_timestep, output, outputs = seen
         return TrainingStep(
             model=self.model,
@@ -210,8 +274,9 @@ class ClassToImageTask(Task):
             dropped=dropped,
             output=output,
             outputs=outputs,
-            losses=losses,
+            losses=first,
             draws=noise,
+            again=losses,
         )
 
     def heldout_loss(self, seed: int | None = None) -> dict[str, float]:

@@ -1,0 +1,192 @@
+"""What every adapter of the registry must do, on networks of several families."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ditkit import registry
+from ditkit.adapters import store
+from ditkit.adapters.batch import per_sample
+from ditkit.models.dit import SiT
+from tiny_models import TINY, output
+
+KINDS = list(registry.entries("adapter"))
+FAMILIES = ("FluxTransformer2DModel", "SD3Transformer2DModel", "PixArtTransformer2DModel",
+            "DiTTransformer2DModel", "WanTransformer3DModel", "SiT")  # fmt: skip
+
+
+def adapter(kind: str) -> Any:
+    return registry.construct("adapter", kind, {"rank": 4})
+
+
+def network(family: str) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """A model and its answer to two samples."""
+    if family != "SiT":
+        tiny = TINY[family]
+        model = tiny.model()
+        return model, lambda: output(model(**tiny.inputs(batch=2)))
+    torch.manual_seed(0)
+    model = SiT(input_size=8, patch_size=2, hidden_size=32, depth=2, num_heads=2, num_classes=5).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7]), torch.tensor([1, 3])
+    return model, lambda: model(*inputs).sample.detach()
+
+
+def digest(model: nn.Module) -> str:
+    """Of every tensor and its name, as if no adapter were there."""
+    found = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if ".base_layer" in name or not any(
+            f".{part}" in name for part in ("lora_", "td_lora_", "diffscaler_")
+        ):
+            found.update(name.replace(".base_layer", "").encode())
+            found.update(value.contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def move(model: nn.Module, seed: int) -> None:
+    """Move what is trainable off its start, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_from_the_start_to_its_removal(kind: str, family: str, tmp_path: Path) -> None:
+    model, answer = network(family)
+    before, weights, keys = answer(), digest(model), set(model.state_dict())
+    hooks = [len(part._forward_hooks) for part in model.modules()]
+    store.add(model, adapter(kind), "first")
+    assert torch.equal(answer(), before), "a fresh adapter changes nothing"
+    move(model, 1)
+    first = answer()
+    assert not torch.allclose(first, before)
+
+    store.save(model, tmp_path / "first", "first")
+    store.use(model)
+    assert torch.equal(answer(), before), "switched off, the answer is the model's own"
+    store.use(model, {"first": 0.0})
+    assert torch.equal(answer(), before)
+    store.use(model, "first")
+    assert torch.equal(answer(), first)
+    assert digest(model) == weights
+
+    store.remove(model)
+    assert torch.equal(answer(), before)
+    assert set(model.state_dict()) == keys and digest(model) == weights
+    assert [len(part._forward_hooks) for part in model.modules()] == hooks
+    assert store.names(model) == []
+
+    assert store.load(model, tmp_path / "first") == "first"
+    assert torch.equal(answer(), first)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_in_one_process_and_in_one_batch(kind: str) -> None:
+    model, answer = network("SiT")
+    alone = {None: answer()}
+    for seed, name in enumerate(("one", "two")):
+        store.add(model, adapter(kind), name)
+        move(model, seed)
+    for name in ("one", "two"):
+        store.use(model, name)
+        alone[name] = answer()
+    assert not torch.allclose(alone["one"], alone["two"])
+    with per_sample(model, ["one", "two"]):
+        torch.testing.assert_close(
+            answer(), torch.stack([alone["one"][0], alone["two"][1]]), rtol=0, atol=1e-5
+        )
+    with per_sample(model, [None, "one"]):
+        torch.testing.assert_close(
+            answer(), torch.stack([alone[None][0], alone["one"][1]]), rtol=0, atol=1e-5
+        )
+    store.use(model, "two")
+    assert torch.equal(answer(), alone["two"]), "nothing of the mixed batch stays"
+    with per_sample(model, ["one", "two", "one"]), pytest.raises(store.AdapterError, match="batch of 2"):
+        answer()
+    with pytest.raises(store.AdapterError, match=r"no adapter 'c'.*one, two"), per_sample(model, ["c"]):
+        pass
+    store.remove(model, "one")
+    assert store.names(model) == ["two"]
+    store.use(model, "two")
+    assert torch.equal(answer(), alone["two"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_its_parameters_get_gradients(kind: str) -> None:
+    model, _ = network("SiT")
+    model.requires_grad_(True)
+    store.add(model, adapter(kind))
+    move(model, 1)
+    model(torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 1])).sample.square().mean().backward()
+    got = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert got and got == {name for name, _ in model.named_parameters() if ".default" in name}
+    store.remove(model)
+    assert all(parameter.requires_grad for parameter in model.parameters()), "as it was before"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_files_are_pefts(kind: str, tmp_path: Path) -> None:
+    model, answer = network("SiT")
+    store.add(model, adapter(kind))
+    move(model, 1)
+    changed = answer()
+    store.save(model, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "adapter.json", "adapter_config.json", "adapter_model.safetensors",
+    ]  # fmt: skip
+    plain, answer = network("SiT")
+    wrapped = PeftModel.from_pretrained(plain, str(tmp_path))
+    assert torch.equal(answer(), changed)
+    with wrapped.disable_adapter():
+        assert not torch.equal(answer(), changed)
+    assert not any(
+        "blocks.0.attn.qkv.weight" in name for name in load_file(tmp_path / "adapter_model.safetensors")
+    )
+    assert PeftConfig.from_pretrained(str(tmp_path)).inference_mode
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_refuses_what_does_not_fit(kind: str, tmp_path: Path) -> None:
+    model, answer = network("SiT")
+    before = answer()
+    store.add(model, adapter(kind))
+    store.save(model, tmp_path / "a")
+    with pytest.raises(store.AdapterError, match="'default' is on the model already"):
+        store.add(model, adapter(kind))
+    other = next(name for name in KINDS if name != kind)
+    with pytest.raises(store.AdapterError, match="of one kind"):
+        store.add(model, adapter(other), "b")
+    with pytest.raises(store.AdapterError, match="no adapter 'x'"):
+        store.use(model, "x")
+    store.remove(model)
+    with pytest.raises(FileNotFoundError, match="no adapter at"):
+        store.load(model, tmp_path / "none")
+    flux, _ = network("FluxTransformer2DModel")
+    with pytest.raises(store.AdapterError, match="made for a SiT, this model is a FluxTransformer2DModel"):
+        store.load(flux, tmp_path / "a")
+    wide = SiT(input_size=8, patch_size=2, hidden_size=64, depth=2, num_heads=2, num_classes=5)
+    with pytest.raises(store.AdapterError, match="does not fit this SiT"):
+        store.load(wide, tmp_path / "a")
+    assert store.names(wide) == []
+    weights = tmp_path / "a" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(store.AdapterError, match="can be read"):
+        store.load(model, tmp_path / "a")
+    assert torch.equal(answer(), before)
+    with pytest.raises(ValueError, match="no layer 'query'; linear maps are called"):
+        store.add(model, adapter(kind), layers=["query"])
