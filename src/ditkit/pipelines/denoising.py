@@ -22,7 +22,6 @@ from torch import Tensor
 
 from ditkit import registry
 from ditkit.models.base import ClassConditionalModel
-from ditkit.models.dit import SiT
 from ditkit.models.guidance import GuidedChannels, guide, guided_channels
 
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -211,11 +210,13 @@ class DenoisingPipeline(DiffusionPipeline):
             )
         if scheduler is None:
             return
-        sit, variance = isinstance(self.transformer, SiT), self.transformer.out_channels > channels
-        if (variance and not sit) if _is_flow(scheduler) else sit:
+        flow, variance = _is_flow(scheduler), self.transformer.predicted_channels > channels
+        reason = "it learns a variance" if flow and variance else None
+        if reason := reason or self.transformer.unfit_for("flow" if flow else "gaussian"):
             raise ValueError(
-                f"{type(scheduler).__name__} does not fit a {type(self.transformer).__name__}: a SiT needs a "
-                "flow-matching scheduler or a sampler, a DiT with learned variance one of the others"
+                f"{type(scheduler).__name__} does not fit a {type(self.transformer).__name__}: {reason}; what "
+                "predicts velocities needs a flow-matching scheduler or a sampler, a DiT with learned variance "
+                "one of the others"
             )
         if _learns_variance(scheduler) and not variance:
             raise ValueError(

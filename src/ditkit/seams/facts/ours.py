@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ditkit.models.windows import from_windows
-from ditkit.seams.anatomy import Anatomy, Arguments, Stack, Unit
+from ditkit.seams.anatomy import Anatomy, Arguments, Attention, Stack, Unit
 from ditkit.seams.facts.grids import Grid, own_grid, patched_2d
 from ditkit.seams.facts.rows import modulation
 
@@ -37,7 +37,29 @@ _LIT = Anatomy(
     ),
 )
 
-OURS: dict[str, Anatomy] = {anatomy.name: anatomy for anatomy in (_LIT,)}
+_DIT_DH = Anatomy(
+    name="DiTDH",
+    text="none",
+    grid=own_grid,
+    encoder=(),
+    falling_time=False,
+    unfit={
+        "stack": "its head reads the picture again beside the backbone's tokens, so that its blocks are no one "
+        "stack to skip",
+        "tokens": "its head reads the picture again, every token of it",
+    },
+    stacks=(
+        Stack(
+            path="blocks",
+            arguments=("hidden_states", "conditioning"),
+            units=(Unit("attn", bypass=("norm1",)), Unit("mlp", bypass=("norm2",))),
+            attention=(Attention("attn", "self"),),
+            per_token={"conditioning": lambda conditioning: conditioning.shape[1] > 1},
+        ),
+    ),
+)
+
+OURS: dict[str, Anatomy] = {anatomy.name: anatomy for anatomy in (_LIT, _DIT_DH)}
 
 _LEVELS = (
     "its blocks work at several resolutions, joined across by skip connections, so that none can be left out"
