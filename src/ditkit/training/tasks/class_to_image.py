@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from pydantic import Field, PositiveFloat
 
 from ditkit.data.latents import LatentSet, open_samples
 from ditkit.data.pictures import class_labels, grid, periods
@@ -24,6 +25,7 @@ from ditkit.pipelines.class_conditional import ClassConditionalPipeline
 from ditkit.pipelines.denoising import scheduler_for
 from ditkit.processes.gaussian import GaussianDiffusion
 from ditkit.processes.gaussian_sampling import trajectory
+from ditkit.processes.times import TimeDistribution, dimension_shift
 from ditkit.processes.transport import Transport
 from ditkit.processes.transport_sampling import sample_ode
 from ditkit.seams.taps import reading
@@ -38,12 +40,19 @@ from ditkit.training.tasks.latents import decode_pictures, network_samples
 
 class ClassToImageOptions(TaskOptions):
     """`process`: `gaussian` trains noise, and variance where the network learns one, `flow` velocity on the
-    linear path. `inherit_from`: an earlier stage or a model's folder."""
+    linear path. `inherit_from`: an earlier stage or a model's folder.
+
+    Of a flow alone: `time_distribution` with `time_mean` and `time_std` of the logit of the share of noise, and
+    `shift` of the times towards noise (`auto`: by how many numbers a sample has; null: none)."""
 
     arch: str
     model: dict[str, Any] = {}
     inherit_from: str | None = None
     process: Literal["gaussian", "flow"] = "gaussian"
+    time_distribution: TimeDistribution = "uniform"
+    time_mean: float = 0.0
+    time_std: float = Field(default=1.0, gt=0)
+    shift: PositiveFloat | Literal["auto"] | None = None
     pixels: int | None = None
     autoencoder: str | None = None
     class_dropout: float = 0.1
@@ -63,6 +72,11 @@ class ClassToImageTask(Task):
         options = self.options
         if options.pixels and options.autoencoder:
             raise ConfigError(f"{self.run.name}.task_options: pixels and autoencoder exclude each other")
+        if options.process == "gaussian" and (options.shift or options.time_distribution != "uniform"):
+            raise ConfigError(
+                f"{self.run.name}.task_options: time_distribution and shift are of a flow's times; set process: "
+                "flow or leave them out"
+            )
         self.pictures = open_samples(self.run.data)
         if options.pixels and isinstance(self.pictures, LatentSet):
             raise ConfigError(f"{self.run.name}.task_options.pixels: the data are latents, not pixels")
@@ -71,7 +85,7 @@ class ClassToImageTask(Task):
         self.register_buffer("samples", self._encode(self.pictures), persistent=False)  # (N, C, H, W)
         self.register_buffer("labels", labels, persistent=False)  # (N,)
         self.model: Any = self._build()
-        self.process = Transport() if options.process == "flow" else self._gaussian()
+        self.process = self._flow() if options.process == "flow" else self._gaussian()
         self.objectives = self._objectives()
 
     def _build(self) -> Any:
@@ -94,6 +108,16 @@ class ClassToImageTask(Task):
                 "set it to 0, or model.class_dropout_prob above 0"
             )
         return model
+
+    def _flow(self) -> Transport:
+        options = self.options
+        shift = dimension_shift(self.samples[0].numel()) if options.shift == "auto" else options.shift or 1.0
+        return Transport(
+            times=options.time_distribution,
+            times_mean=options.time_mean,
+            times_std=options.time_std,
+            shift=shift,
+        )
 
     def _gaussian(self, respacing: str = "") -> GaussianDiffusion:
         learned = self.model.predicted_channels > self.model.in_channels
@@ -125,7 +149,7 @@ class ClassToImageTask(Task):
                     f"{self.run.name}.task_options.autoencoder: cached latents bring their own; leave it out"
                 )
             return load_frozen(AutoencoderKL, self.pictures.autoencoder)
-        return None if self.options.autoencoder is None else self.frozen(AutoencoderKL, "autoencoder")
+        return None if self.options.autoencoder is None else self.frozen(None, "autoencoder")
 
     def _encode(self, pictures: Any) -> torch.Tensor:
         return network_samples(pictures, self.autoencoder, self.options.pixels)
@@ -193,7 +217,7 @@ class ClassToImageTask(Task):
             times = (uniform * self.process.num_steps).long()
             losses = self.process.training_losses(network, clean, times, epsilon)
         else:
-            times = uniform
+            times = self.process.draw_times(uniform)
             losses = self.process.training_losses(network, clean, epsilon, times)
         noisy, model_timestep, output, outputs = seen
         return TrainingStep(
@@ -256,7 +280,8 @@ class ClassToImageTask(Task):
 
     def export(self, folder: Path) -> None:
         learned = self.model.predicted_channels > self.model.in_channels
-        scheduler = scheduler_for(self.options.process, learned, clip=self.autoencoder is None)
+        shift = self.process.shift if isinstance(self.process, Transport) else 1.0
+        scheduler = scheduler_for(self.options.process, learned, self.autoencoder is None, shift)
         names = self.classes if len(self.classes) == self.model.y_embedder.num_classes else None
         pipe = ClassConditionalPipeline(self.model, scheduler, self.autoencoder, names)
         pipe.save_pretrained(folder)
