@@ -33,7 +33,9 @@ MODELS["dit-dh"] = {"hidden_size": [16, 32], "depth": [2, 1], "num_heads": [2, 4
 MODELS["lamamba-diff"] |= {"patch_size": 2, "depth": [1, 1, 1, 1]}
 
 PROCESSES: dict[str, tuple[str, ...]] = {
-    name: {"sit": ("flow",), "dit-dh": ("flow",), "dtr": ("gaussian",), "dimr": ("gaussian",)}.get(name, ("gaussian", "flow"))
+    name: {"sit": ("flow",), "dit-dh": ("flow",), "dtr": ("gaussian",), "dimr": ("gaussian",)}.get(
+        name, ("gaussian", "flow")
+    )
     for name in MODELS
 }
 OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {

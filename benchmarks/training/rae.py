@@ -1,8 +1,8 @@
 """Diffusion in latents of many channels, after the paper of representation autoencoders, at toy size.
 
-Width: 16 tokens of 64 channels, one sample, overfitted with the velocity's loss by transformers of widths 32 to
-96, two or four blocks deep, and by a 32-wide backbone with a 96-wide head of two blocks. Shift: pictures of few
-degrees of freedom in latents of 1,024 numbers, trained and sampled with and without the shift of times.
+Width: 16 tokens of 64 channels, one sample, overfitted with the velocity's loss by transformers of widths 32
+to 96, two or four blocks deep, and by a 32-wide backbone with a 96-wide head of two blocks. Shift: latents of
+1,024 numbers that hold eight degrees of freedom, trained and sampled with and without the shift of times.
 Decoder: small decoders of emoji tokens, trained with and without noise on the tokens.
 
     python -m benchmarks.training.rae [--seeds 0 1 2]
@@ -50,7 +50,9 @@ def plain(width: int, depth: int) -> SiT:
 def with_head(narrow: int, wide: int, depth: int) -> DiTDH:
     """A narrow backbone with a wide head of two blocks."""
     heads = (narrow // 16, wide // 16)
-    return DiTDH(**SAME, hidden_size=(narrow, wide), depth=(depth, 2), num_heads=heads, class_dropout_prob=0.0)
+    return DiTDH(
+        **SAME, hidden_size=(narrow, wide), depth=(depth, 2), num_heads=heads, class_dropout_prob=0.0
+    )
 
 
 WIDTHS: dict[str, Callable[[], nn.Module]] = {
@@ -95,7 +97,11 @@ def overfit(make: Callable[[], nn.Module], seed: int, steps: int, name: str) -> 
 
 
 def width_claims(found: Values) -> list[Claim]:
-    floors = {name: max(0.0, (CHANNELS - int(name.split()[1].strip(","))) / CHANNELS) for name in found if "width" in name}
+    floors = {
+        name: max(0.0, (CHANNELS - int(name.split()[1].strip(","))) / CHANNELS)
+        for name in found
+        if "width" in name
+    }
     shown = "; ".join(f"{name}: {told(values, 3)}" for name, values in found.items())
     narrow, wide = found["width 32, depth 2"], found["width 96, depth 2"]
     deep, head = found["width 32, depth 4"], found["32 with a head of 96"]
@@ -106,7 +112,7 @@ def width_claims(found: Values) -> list[Claim]:
     means = [statistics.mean(found[name]) for name in order]
     falls = means == sorted(means, reverse=True) and means[0] > 0.45 and means[-1] < 0.1
     return [
-        Claim("dit-dh", "the loss stays high while the width is below the token's channels, and vanishes above",
+        Claim("dit-dh", "the loss stays high while the width is below the tokens' channels, and falls above",
               f"{PAPER}, section 4.1", shown, falls, limit),
         Claim("dit-dh", "doubling the depth of a too narrow model does not help", f"{PAPER}, section 4.1",
               f"depth 2: {told(narrow, 3)}, depth 4: {told(deep, 3)}; width 96: {told(wide, 3)}",
@@ -139,7 +145,7 @@ def energy_distance(one: Tensor, other: Tensor) -> float:
 
 
 def sample_distance(shift: float, seed: int, steps: int, draws: int, name: str) -> float:
-    """The energy distance of drawn latents from others of the data, after training and sampling with a shift."""
+    """The energy distance of drawn latents from the data's, after training and sampling with a shift."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(NUMBERS, CODES, generator=generator))[0].T  # (K, m)
@@ -165,9 +171,9 @@ def shift_claims(found: Values, draws: int) -> list[Claim]:
     off, on = found["without a shift"], found["with the shift"]
     verdict = "" if differs(on, off) else ": within seed noise"
     return [
-        Claim("rae", "shifting the times towards noise helps in latents of many numbers", f"{PAPER}, table 4: "
-              "gFID 23.08 to 4.81", f"energy distance of {draws}-step samples: with {told(on, 4)}, without "
-              f"{told(off, 4)}, {len(on)} seeds{verdict}", statistics.mean(on) < statistics.mean(off),
+        Claim("rae", "shifting the times towards noise helps in latents of many numbers",
+              f"{PAPER}: gFID 23.08 to 4.81", f"energy distance of {draws}-step samples: with {told(on, 4)}, "
+              f"without {told(off, 4)}, {len(on)} seeds{verdict}", statistics.mean(on) < statistics.mean(off),
               f"toy latents: {CODES} degrees of freedom in {NUMBERS} numbers, shift "
               f"{SHIFTS['with the shift']:.0f} against {CHANNELS} numbers"),
     ]  # fmt: skip
@@ -241,7 +247,8 @@ def decoder_claims(clean: Values, noisy: Values) -> list[Claim]:
     return [
         Claim("rae", "a decoder trained under noise restores noisy latents better", f"{PAPER}, section 4.3",
               f"PSNR of tokens with noise {TEST_NOISE}: {told(on_noisy, 2)} dB, without training under noise "
-              f"{told(off_noisy, 2)} dB{'' if differs(on_noisy, off_noisy) else ': within seed noise'}", better, limit),
+              f"{told(off_noisy, 2)} dB{'' if differs(on_noisy, off_noisy) else ': within seed noise'}",
+              better, limit),
         Claim("rae", "and clean latents slightly worse", f"{PAPER}, section 4.3: rFID 0.49 to 0.57",
               f"PSNR of clean tokens: {told(on_clean, 2)} dB, without {told(off_clean, 2)} dB"
               f"{'' if differs(on_clean, off_clean) else ': within seed noise'}",

@@ -123,7 +123,9 @@ def test_saved_and_loaded(case: Case, tmp_path: Path) -> None:
 def test_draws_through_the_pipeline(case: Case, tmp_path: Path) -> None:
     model = case.model()
     flow = model.unfit_for("gaussian") is not None
-    pipe = ClassConditionalPipeline(model, scheduler_for("flow", False, clip=False) if flow else DDIMScheduler())
+    pipe = ClassConditionalPipeline(
+        model, scheduler_for("flow", False, clip=False) if flow else DDIMScheduler()
+    )
     pipe.set_progress_bar_config(disable=True)
     options = {
         "class_labels": [1, 2],

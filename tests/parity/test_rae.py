@@ -59,7 +59,9 @@ def ddt_head(case: dict[str, Any], tensors: Tensors) -> Tensors:
 
 
 def rae_transport(case: dict[str, Any], tensors: Tensors) -> Tensors:
-    model = network(*read(next(path for (path,) in (p.values for p in cases(SYSTEM)) if path.stem == "ddt_head")))
+    model = network(
+        *read(next(path for (path,) in (p.values for p in cases(SYSTEM)) if path.stem == "ddt_head"))
+    )
     inputs, points = part(tensors, "inputs"), case["num_steps"]
     process = Transport(times="logit-normal", shift=case["time_dist_shift"])
     x_t: list[Tensor] = []
@@ -109,7 +111,13 @@ def rae_decoder(case: dict[str, Any], tensors: Tensors) -> Tensors:
     assert grid == case["latent_grid"] and case["eps"] == EPS
     encoder = {"model_type": "vit", "hidden_size": case["hidden_size"], "num_attention_heads": 2}
     model = RepresentationAutoencoder(
-        encoder_config={**encoder, "num_hidden_layers": 1, "intermediate_size": 8, "image_size": 16, "patch_size": 4},
+        encoder_config={
+            **encoder,
+            "num_hidden_layers": 1,
+            "intermediate_size": 8,
+            "image_size": 16,
+            "patch_size": 4,
+        },
         image_mean=case["encoder_mean"],
         image_std=case["encoder_std"],
         grid=grid,

@@ -107,7 +107,9 @@ def test_maps_of_grains_guide_too() -> None:
     from ditkit.pipelines.dynamic_grain import DynamicGrainPipeline
 
     models: list[D2iT] = [CASES["d2it"].model(seed) for seed in (0, 1)]
-    pipe = DynamicGrainPipeline(models[0], scheduler_for("gaussian", True, clip=False), guiding_transformer=models[1])
+    pipe = DynamicGrainPipeline(
+        models[0], scheduler_for("gaussian", True, clip=False), guiding_transformer=models[1]
+    )
     pipe.set_progress_bar_config(disable=True)
     grain = torch.eye(4)
     assert not torch.equal(draw(pipe, 2.0, grain=grain), draw(pipe, 1.0, grain=grain))

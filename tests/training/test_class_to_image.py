@@ -54,7 +54,9 @@ def test_times_and_shift_of_a_flow(training_file):
     share = shifted(logit_normal(uniform, 0.5), 3.0)
     torch.testing.assert_close(seen[0], 1 - share)
     assert task.process.shift == 3
-    pipe = open_pipeline(train(training_file("short", steps=1, task_options={**options("sit", "flow"), **chosen})))
+    pipe = open_pipeline(
+        train(training_file("short", steps=1, task_options={**options("sit", "flow"), **chosen}))
+    )
     assert pipe.scheduler.config["shift"] == 3
     auto = open_task(training_file("auto", task_options={**options("sit", "flow"), "shift": "auto"}))[0]
     assert auto.process.shift == pytest.approx((3 * 8 * 8 / 4096) ** 0.5)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import ditkit
 from ditkit.data.pictures import open_pictures
@@ -23,6 +23,7 @@ from ditkit.training.adversary import (
     hinge,
 )
 from ditkit.training.config import ConfigError, load
+from ditkit.training.lpips import STAGES, load_lpips
 from ditkit.training.tasks import find
 from ditkit.training.tasks.representation_autoencoder import measure, noise_levels
 from ditkit.training.teachers import load_teacher
@@ -147,6 +148,61 @@ def test_losses_in_the_eyes_of_a_teacher(vision) -> None:
     assert float(adaptive_weight(6 * weight.sum(), 0 * weight.sum(), weight)) == 1e4
 
 
+def lpips_weights(folder: Path) -> Path:
+    """Random weights under the names of torchvision and LPIPS."""
+    torch.manual_seed(0)
+    folder.mkdir()
+    network, channels, place = {}, 3, 0
+    for widths in STAGES:
+        for width in widths:
+            network[f"features.{place}.weight"] = torch.randn(width, channels, 3, 3) / (3 * channels**0.5)
+            network[f"features.{place}.bias"] = torch.randn(width) / 10
+            channels, place = width, place + 2
+        place += 1
+    fitted = {f"lin{i}.model.1.weight": torch.rand(1, w[-1], 1, 1) for i, w in enumerate(STAGES)}
+    save_file(network, folder / "vgg16.safetensors")
+    torch.save(fitted, folder / "lpips.pth")
+    return folder
+
+
+def test_lpips_by_its_formula(tmp_path) -> None:
+    folder = lpips_weights(tmp_path / "lpips")
+    distance, network = load_lpips(folder), load_file(folder / "vgg16.safetensors")
+    fitted = torch.load(folder / "lpips.pth", weights_only=True)
+    pictures = torch.rand(2, 2, 3, 32, 32) * 2 - 1
+    shift, scale = torch.tensor([-0.03, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.45])
+    maps = (pictures.flatten(0, 1) - shift[:, None, None]) / scale[:, None, None]
+    expected, behind, taken = torch.zeros(2), 0, {3: 0, 8: 1, 15: 2, 22: 3, 29: 4}  # rectifiers of VGG-16
+    for place in range(30):
+        if place in (4, 9, 16, 23):
+            maps = torch.nn.functional.max_pool2d(maps, 2)
+        elif f"features.{place}.weight" in network:
+            weight, bias = (network[f"features.{place}.{kind}"] for kind in ("weight", "bias"))
+            maps = torch.nn.functional.conv2d(maps, weight, bias, padding=1)
+        else:
+            maps, behind = maps.relu(), behind + 1
+        if place in taken:
+            one, other = torch.nn.functional.normalize(maps, dim=1).unflatten(0, (2, 2))
+            weighed = torch.nn.functional.conv2d(
+                (one - other) ** 2, fitted[f"lin{taken[place]}.model.1.weight"]
+            )
+            expected = expected + weighed.mean((1, 2, 3))
+    assert behind == 13
+    torch.testing.assert_close(distance(*pictures), expected.mean(), rtol=1e-4, atol=1e-5)
+    assert float(distance(pictures[0], pictures[0])) == 0
+    (folder / "lpips.pth").unlink()
+    with pytest.raises(ValueError, match="no lpips"):
+        load_lpips(folder)
+
+
+def test_trains_with_lpips(training_file, tmp_path, vision) -> None:
+    folder = str(lpips_weights(tmp_path / "lpips"))
+    train(
+        training_file(**recipe(vision, perceptual={"lpips": folder}, adversary=None), steps=1, batch_size=2)
+    )
+    assert records(tmp_path / "run")[0]["lpips"] > 0
+
+
 def test_augmented_pictures() -> None:
     pictures = torch.rand(2, 3, 16, 16) * 2 - 1
     middle = torch.full((2, 5), 0.5)
@@ -162,6 +218,7 @@ def test_augmented_pictures() -> None:
     ("changes", "words"),
     [
         ({"encoder": "nowhere"}, ["task_options.encoder", "nowhere"]),
+        ({"perceptual": {"weight": 1.0}}, ["perceptual", "lpips, a folder of its weights, or network"]),
         ({"grid": 5}, ["task_options.grid", "5 patches of 12 pixels are not the 64"]),
         ({"perceptual": {"network": "VISION", "layers": [9]}}, ["perceptual", "2 layers, counted from 1"]),
         ({"adversary": {"network": "VISION", "layers": [1], "kernel": 4}}, ["adversary", "odd"]),
@@ -170,8 +227,7 @@ def test_augmented_pictures() -> None:
     ],
 )
 def test_what_does_not_fit_is_refused(training_file, vision, changes, words) -> None:
-    changes = {k: {**v, "network": vision} if "network" in v else v for k, v in changes.items()} if isinstance(
-        next(iter(changes.values())), dict) else changes  # fmt: skip
+    changes = json.loads(json.dumps(changes).replace("VISION", vision))
     run = load(training_file(**recipe(vision, **changes))).stages[0]
     with pytest.raises(ConfigError) as refused:
         find(run.task)(run, Path("nowhere"), {})
@@ -188,7 +244,10 @@ SHARED = {
 
 
 def test_three_stages_leave_a_pipeline(tmp_path) -> None:
-    teacher = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    teacher = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "patch_size": 16,
+    }  # fmt: skip
     transformer = {
         "arch": "dit-dh",
         "autoencoder": "decoder",
@@ -199,7 +258,7 @@ def test_three_stages_leave_a_pipeline(tmp_path) -> None:
         "preview_steps": 2,
     }
     stages = [
-        {"name": "teacher", "task": "teacher", "task_options": {"least": 1, "model": {**teacher, "patch_size": 16}}},
+        {"name": "teacher", "task": "teacher", "task_options": {"least": 1, "model": teacher}},
         {"name": "decoder", **recipe("teacher", grid=None)},
         {"name": "transformer", "task": "class-to-image", "sample_every": 2, "heldout_every": 2,
          "task_options": transformer},

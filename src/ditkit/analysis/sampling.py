@@ -177,7 +177,9 @@ def call_arguments(pipe: Any, sampling: Sampling, count: int) -> dict[str, Any]:
             arguments["guidance_scale"] = sampling.guidance
     if sampling.guidance_interval is not None:
         if "guidance_interval" not in known:
-            raise TypeError(f"{type(pipe).__name__} knows no guidance_interval: it guides at every noise level")
+            raise TypeError(
+                f"{type(pipe).__name__} knows no guidance_interval: it guides at every noise level"
+            )
         arguments["guidance_interval"] = sampling.guidance_interval
     longest = _longest_text(pipe)
     default = getattr(known.get("max_sequence_length"), "default", None)

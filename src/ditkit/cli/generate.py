@@ -80,7 +80,8 @@ def generate(
     guide_range: Annotated[
         str | None,
         typer.Option(
-            "--guide-range", help="Shares of noise between which guidance acts, such as 0.1,0.9; 0,1 if not given."
+            "--guide-range",
+            help="Shares of noise between which guidance acts, such as 0.1,0.9; 0,1 if not given.",
         ),
     ] = None,
     size: Size = None,

@@ -1,4 +1,4 @@
-"""DiT-DH: a transformer with a shallow, wide head, for latents with as many channels as a vision model's tokens.
+"""DiT-DH: a transformer with a shallow, wide head, for latents of many channels, a vision model's tokens.
 
 "Diffusion Transformers with Representation Autoencoders", arXiv 2510.11690. A flow on latents of n channels
 is learned only by blocks at least n wide. The backbone may be narrow: it reads the noisy latent, and its
@@ -58,7 +58,7 @@ class FourierEmbedder(nn.Module):
 
 
 class DiTDHBlock(DiTBlock):
-    """DiT's block with RMSNorm, a gated perceptron of two thirds of the hidden width, and rotary positions."""
+    """DiT's block with RMSNorm, a gated perceptron of two thirds of its width, and rotary positions."""
 
     def make_norm(self, width: int) -> nn.Module:
         return nn.RMSNorm(width, eps=1e-6)
@@ -265,7 +265,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @register(
     "model",
     "dit-dh",
-    summary="transformer with a shallow, wide head, for the many channels of a vision model; dit-dh-{s,b,l,xl}",
+    summary="transformer with a shallow, wide head, for latents of many channels; dit-dh-{s,b,l,xl}",
     paper=Paper("Diffusion Transformers with Representation Autoencoders", "2510.11690", 2025),
     seam=("architecture",),
     variants=tuple(VARIANTS),
@@ -325,8 +325,8 @@ def _needs(settings: Settings) -> Iterable[tuple[str, str]]:
     )
     yield (
         "num_heads",
-        f"the rotary tables are missing and widths of {settings.get('hidden_size')} are no named size's: give "
-        "config={'num_heads': (N1, N2)}",
+        f"there are no rotary tables and widths of {settings.get('hidden_size')} are no named size's: "
+        "give config={'num_heads': (N1, N2)}",
     )
 
 

@@ -72,7 +72,9 @@ def axial_rotary(head_width: int, rows: int, columns: int, theta: float = 10000.
         ValueError: if `head_width` is not a multiple of 4.
     """
     if head_width % 4:
-        raise ValueError(f"a head of {head_width} channels has no axial rotary positions: use a multiple of 4")
+        raise ValueError(
+            f"a head of {head_width} channels has no axial rotary positions: use a multiple of 4"
+        )
     on_cpu = {"dtype": torch.float64, "device": "cpu"}  # explicit: a caller may be building on "meta"
     row = torch.arange(rows, **on_cpu).repeat_interleave(columns)  # (T,)
     column = torch.arange(columns, **on_cpu).repeat(rows)  # (T,)
@@ -248,7 +250,7 @@ class Mlp(nn.Module):
 
 
 class GatedMlp(nn.Module):
-    """A gated perceptron (SwiGLU): `W3 (silu(a) b)`, a and b the halves of one projection, (B, T, D) -> same."""
+    """SwiGLU: `W3 (silu(a) b)`, a and b the halves of one projection: (B, T, D) -> (B, T, D)."""
 
     def __init__(self, width: int, hidden_width: int) -> None:
         super().__init__()
@@ -280,11 +282,9 @@ class RoutableBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """The head: adaptive layer norm (or another `norm`) and one linear map, (B, T, D) -> (B, T, P P C_out)."""
+    """The head: adaptive layer norm, or another `norm`, and a linear map: (B, T, D) -> (B, T, P P C_out)."""
 
-    def __init__(
-        self, width: int, patch_size: int, out_channels: int, norm: nn.Module | None = None
-    ) -> None:
+    def __init__(self, width: int, patch_size: int, out_channels: int, norm: nn.Module | None = None) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6) if norm is None else norm
         self.linear = nn.Linear(width, patch_size * patch_size * out_channels)

@@ -146,9 +146,8 @@ class RepresentationAutoencoder(ModelMixin, ConfigMixin):
             ValueError: latents of another size: the decoder knows one grid.
         """
         if latents.shape[1:] != self.latents_mean.shape:
-            raise ValueError(
-                f"latents have shape {tuple(latents.shape)}; expected (B, {', '.join(map(str, self.latents_mean.shape))})"
-            )
+            sizes = ", ".join(map(str, self.latents_mean.shape))
+            raise ValueError(f"latents have shape {tuple(latents.shape)}; expected (B, {sizes})")
         images = self.restore(self.denormalise(latents))
         return DecoderOutput(sample=images) if return_dict else (images,)
 
@@ -188,7 +187,7 @@ VARIANTS: dict[str, dict[str, int]] = {
 @register(
     "model",
     "rae",
-    summary="representation autoencoder: a frozen vision transformer and a decoder; rae-{b,xl} by the decoder",
+    summary="representation autoencoder: a frozen vision transformer and a decoder; rae-{b,xl}",
     paper=Paper("Diffusion Transformers with Representation Autoencoders", "2510.11690", 2025),
     seam=("architecture",),
     variants=tuple(VARIANTS),

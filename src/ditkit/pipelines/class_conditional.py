@@ -174,9 +174,7 @@ class ClassConditionalPipeline(DenoisingPipeline):
             guided = self._guided_away(given, guidance_scale, guidance_channels or "all")
         return self._within(guided, plain, guidance_interval)
 
-    def _guided_away(
-        self, conditions: dict[str, Tensor], scale: float, asked: GuidedChannels
-    ) -> Network:
+    def _guided_away(self, conditions: dict[str, Tensor], scale: float, asked: GuidedChannels) -> Network:
         """The network, guided by the other model."""
         channels, weaker = guided_channels(asked, self.transformer.in_channels), self.guiding_transformer
         assert weaker is not None

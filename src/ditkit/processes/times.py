@@ -1,9 +1,9 @@
 """Where between data and noise a flow is trained and sampled: a distribution of times, and their shift.
 
 A latent with many numbers keeps its picture longer under noise than one with few, so its times are moved
-towards noise: t <- a t / (1 + (a - 1) t). Source: Esser et al., arXiv 2403.03206, section 5.3.2 and equation
-23, by resolution; arXiv 2510.11690, section 4.2, by all of a latent's numbers, with 4096 as the base. Here t is
-the share of noise, 0 at the data and 1 at the noise.
+towards noise: t <- a t / (1 + (a - 1) t). Source: Esser et al., arXiv 2403.03206, by resolution; arXiv
+2510.11690, section 4, by all of a latent's numbers, with 4096 as the base. Here t is the share of noise, 0 at
+the data and 1 at the noise.
 """
 
 from __future__ import annotations

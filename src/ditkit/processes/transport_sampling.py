@@ -72,7 +72,7 @@ def sample_ode(
 def sample_heun(
     transport: Transport, model_from: Callable[[float], ModelFunction], start: Tensor, *, steps: int
 ) -> Tensor:
-    """Integrate the probability flow by Heun's method in equal steps (before the shift), the last one Euler's.
+    """Integrate the probability flow by Heun's method in equal steps, then shifted, the last one Euler's.
 
     Karras et al., arXiv 2206.00364, algorithm 1, on the times of a flow. `sample_ode` corrects every step.
 

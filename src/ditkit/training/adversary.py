@@ -154,7 +154,11 @@ def augment(pictures: Tensor, draws: Tensor) -> Tensor:
     moves = ((2 * draws[:, 3:] - 1) * pictures.new_tensor([height, width]) / 8).round().long().tolist()
     padded = F.pad(pictures, (width // 8,) * 2 + (height // 8,) * 2)
     moved = [
-        one[:, height // 8 + down : height // 8 + down + height, width // 8 + right : width // 8 + right + width]
+        one[
+            :,
+            height // 8 + down : height // 8 + down + height,
+            width // 8 + right : width // 8 + right + width,
+        ]
         for one, (down, right) in zip(padded, moves, strict=True)
     ]
     return torch.stack(moved)

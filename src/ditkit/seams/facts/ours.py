@@ -44,8 +44,8 @@ _DIT_DH = Anatomy(
     encoder=(),
     falling_time=False,
     unfit={
-        "stack": "its head reads the picture again beside the backbone's tokens, so that its blocks are no one "
-        "stack to skip",
+        "stack": "its head reads the picture again beside the backbone's tokens, so that its blocks are not "
+        "one stack to skip",
         "tokens": "its head reads the picture again, every token of it",
     },
     stacks=(

@@ -42,8 +42,8 @@ class ClassToImageOptions(TaskOptions):
     """`process`: `gaussian` trains noise, and variance where the network learns one, `flow` velocity on the
     linear path. `inherit_from`: an earlier stage or a model's folder.
 
-    Of a flow alone: `time_distribution` with `time_mean` and `time_std` of the logit of the share of noise, and
-    `shift` of the times towards noise (`auto`: by how many numbers a sample has; null: none)."""
+    Of a flow alone: `time_distribution` with `time_mean` and `time_std` of the logit of the share of noise,
+    and `shift` of the times towards noise (`auto`: by how many numbers a sample has; null: none)."""
 
     arch: str
     model: dict[str, Any] = {}
@@ -74,8 +74,8 @@ class ClassToImageTask(Task):
             raise ConfigError(f"{self.run.name}.task_options: pixels and autoencoder exclude each other")
         if options.process == "gaussian" and (options.shift or options.time_distribution != "uniform"):
             raise ConfigError(
-                f"{self.run.name}.task_options: time_distribution and shift are of a flow's times; set process: "
-                "flow or leave them out"
+                f"{self.run.name}.task_options: time_distribution and shift are of a flow's times; set "
+                "process: flow or leave them out"
             )
         self.pictures = open_samples(self.run.data)
         if options.pixels and isinstance(self.pictures, LatentSet):

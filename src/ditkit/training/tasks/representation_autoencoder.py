@@ -1,11 +1,12 @@
 """Train the decoder of a representation autoencoder: pictures from the tokens of a frozen vision transformer.
 
-Losses, arXiv 2510.11690, section 3.1: mean |x - x'| of pixels in [0, 1]; with `perceptual` how differently a
-frozen vision transformer sees both (`adversary.feature_distance`: the authors have LPIPS there, whose weights
-have to be downloaded); with `adversary` the loss of a discriminator on such a transformer, weighed so that its
-gradient at the decoder's last layer is as large as the others'. The authors' shares of the run are the
-defaults of when each sets in. Tokens are decoded under noise, sigma n with n standard normal and sigma = `tau`
-times an uniform number, as in the code, or, as the paper has it, the size of a normal one of deviation `tau`.
+Losses, arXiv 2510.11690, section 3: mean |x - x'| of pixels in [0, 1]; with `perceptual` LPIPS, where its
+weights are at hand, or how differently a frozen vision transformer sees both (`adversary.feature_distance`),
+which is no LPIPS; with `adversary` the loss of a discriminator on such a transformer, weighed so that
+its gradient at the decoder's last layer is as large as the others'. The authors' shares of the run are the
+defaults of when each sets in. Tokens are decoded under noise, sigma n with n standard normal and sigma =
+`tau` times an uniform number, as in the code, or, as the paper has it, the size of a normal number of
+deviation `tau`.
 
 The discriminator learns in the same backward pass from pictures that are cut off from the decoder, at its own
 rate, and the decoder from logits that are cut off from the discriminator: what two passes one after the other
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -38,6 +39,7 @@ from ditkit.training.adversary import (
     hinge,
 )
 from ditkit.training.config import ConfigError
+from ditkit.training.lpips import PerceptualDistance, load_lpips
 from ditkit.training.optimizers import OwnRate
 from ditkit.training.order import BatchNoise
 from ditkit.training.tasks.autoencoder import AutoencoderTask
@@ -48,13 +50,21 @@ NoiseLevels = Literal["uniform", "half-normal"]
 
 
 class PerceptualOptions(Section):
-    """`network`: a vision transformer by stage, folder or hub id; `layers`: behind which its tokens are
-    compared; `weight` of the distance; `start`: share of the run before it sets in."""
+    """`lpips`: a folder with the weights of LPIPS (`ditkit.training.lpips`), as the authors'; else `network`,
+    a vision transformer by stage, folder or hub id, and `layers`, behind which its tokens are compared.
+    `weight` of the distance; `start`: share of the run before it sets in."""
 
-    network: str
-    layers: list[int]
+    lpips: str | None = None
+    network: str | None = None
+    layers: list[int] = []
     weight: float = Field(default=1.0, ge=0)
     start: float = Field(default=0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> PerceptualOptions:
+        if (self.lpips is None) == (self.network is None):
+            raise ValueError("give lpips, a folder of its weights, or network with layers")
+        return self
 
 
 class AdversaryOptions(Section):
@@ -76,8 +86,9 @@ class AdversaryOptions(Section):
 
 
 class RepresentationAutoencoderOptions(TaskOptions):
-    """`encoder`: a vision transformer by stage, folder or hub id; `grid`: of patches that pictures are seen in
-    (null: of the size of the pictures); `model`: of `RepresentationAutoencoder`, the decoder's sizes."""
+    """`encoder`: a vision transformer by stage, folder or hub id; `grid`: of patches in which it sees
+    pictures (null: by their size); `model`: of `RepresentationAutoencoder`, the decoder's sizes; `tau`,
+    `noise`: of the tokens."""
 
     encoder: str
     grid: PositiveInt | None = None
@@ -89,7 +100,7 @@ class RepresentationAutoencoderOptions(TaskOptions):
 
 
 def noise_levels(draws: Tensor, tau: float, kind: NoiseLevels) -> Tensor:
-    """The noise of each picture, (B,), of numbers (B,) that are uniform, or standard normal for "half-normal"."""
+    """The noise of each picture, (B,), of uniform numbers (B,), or normal ones for "half-normal"."""
     return tau * (draws if kind == "uniform" else draws.abs())
 
 
@@ -100,11 +111,13 @@ class RepresentationAutoencoderTask(AutoencoderTask):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         options = self.options
-        self.judges: Teacher | None = None
+        self.judges: Teacher | PerceptualDistance | None = None
         self.discriminator: Discriminator | None = None
-        if options.perceptual is not None:
-            self.judges = self._teacher("perceptual")
-            self._fits("perceptual", lambda: check_layers(self.judges, options.perceptual.layers))
+        if (told := options.perceptual) is not None and told.lpips is not None:
+            self.judges = self._fits("perceptual.lpips", lambda: load_lpips(told.lpips))
+        elif told is not None:
+            self.judges = eyes = self._teacher("perceptual")
+            self._fits("perceptual", lambda: check_layers(eyes, told.layers))
         if (asked := options.adversary) is not None:
             if asked.learns_from > asked.start:
                 raise ConfigError(
@@ -119,7 +132,9 @@ class RepresentationAutoencoderTask(AutoencoderTask):
     def _build(self) -> RepresentationAutoencoder:
         teacher, options, size = self._teacher(None), self.options, self.run.data.size
         if teacher.patch[0] != teacher.patch[1]:
-            raise ConfigError(f"{self.run.name}.task_options.encoder: its patches {teacher.patch} are not square")
+            raise ConfigError(
+                f"{self.run.name}.task_options.encoder: its patches {teacher.patch} are not square"
+            )
         grid = options.grid or size // teacher.patch[0]
         settings = {"grid": grid, "patch_size": size // grid, **options.model}
         try:
@@ -162,9 +177,12 @@ class RepresentationAutoencoderTask(AutoencoderTask):
         losses = {"l1": (restored - images).abs().mean() / 2}
         loss = losses["l1"]
         if self.judges is not None and progress >= options.perceptual.start:
-            asked = options.perceptual
-            distance = feature_distance(self.judges, restored, images, self.autoencoder.grid, asked.layers)
-            losses["features"] = distance
+            asked, judges = options.perceptual, self.judges
+            if isinstance(judges, PerceptualDistance):
+                losses["lpips"] = distance = judges(restored, images)
+            else:
+                grid = self.autoencoder.grid
+                losses["features"] = distance = feature_distance(judges, restored, images, grid, asked.layers)
             loss = loss + asked.weight * distance
         if self.discriminator is not None:
             loss = loss + self._against(images, restored, loss, losses, progress, noise)
@@ -196,7 +214,9 @@ class RepresentationAutoencoderTask(AutoencoderTask):
             losses["adaptive"] = adaptive_weight(loss, losses["adversarial"], last, asked.most)
             added = added + asked.weight * losses["adaptive"] * losses["adversarial"]
         if progress >= asked.learns_from:
-            fake = ((restored.detach().clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1  # as a file would hold it
+            fake = (
+                (restored.detach().clamp(-1, 1) + 1) * 127.5
+            ).round() / 127.5 - 1  # as a file would hold it
             with torch.no_grad():
                 real_features, fake_features = seen(images, 1), seen(fake, 2)
             losses["discriminator"] = hinge(adversary.judge(real_features), adversary.judge(fake_features))
