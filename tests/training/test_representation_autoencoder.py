@@ -113,7 +113,11 @@ def test_each_loss_reaches_its_own_side(training_file, vision) -> None:
     torch.testing.assert_close(whole, toward + 0.75 * losses["adaptive"] * away)
     (rate,) = task.own_rates()
     assert {id(p) for p in rate.parameters} == {id(p) for p in heads} and rate.lr == 2e-4
-    assert not [n for n, p in task.named_parameters() if p.requires_grad and ("eyes" in n or "encoder" in n)]
+    assert not [
+        n
+        for n, p in task.named_parameters()
+        if p.requires_grad and ("eyes" in n or n.startswith("autoencoder.encoder"))
+    ]
 
 
 def test_measures_and_noise() -> None:

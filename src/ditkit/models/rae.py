@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
+from diffusers.models.autoencoders.autoencoder_rae import AutoencoderRAE, RAEDecoder
 from diffusers.models.autoencoders.vae import DecoderOutput, EncoderOutput
 from torch import Tensor
 
@@ -101,6 +101,26 @@ class RepresentationAutoencoder(ModelMixin, ConfigMixin):
         weights = teacher.state_dict()
         model.encoder.load_state_dict({name: weights[name] for name in model.encoder.state_dict()})
         return model
+
+    @classmethod
+    def from_diffusers(cls, autoencoder: AutoencoderRAE) -> RepresentationAutoencoder:
+        """The same autoencoder as one of ours, such as the authors' released ones (`nyu-visionx/RAE-...`)."""
+        theirs: Any = autoencoder.config
+        mean, std = (
+            value.flatten().tolist() for value in (autoencoder.encoder_mean, autoencoder.encoder_std)
+        )
+        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        model = cls.around(
+            Teacher(autoencoder.encoder, mean, std),
+            grid=theirs.encoder_input_size // theirs.encoder_patch_size,
+            patch_size=theirs.patch_size,
+            **{f"decoder_{size}": theirs[f"decoder_{size}"] for size in sizes},
+        )
+        model.decoder.load_state_dict(autoencoder.decoder.state_dict())
+        model.latents_mean.copy_(autoencoder._latents_mean.expand_as(model.latents_mean))
+        deviation = autoencoder._latents_std.expand_as(model.latents_var)
+        model.latents_var.copy_(deviation.square() - EPS)  # what latents are divided by stays
+        return model.eval()
 
     @property
     def spatial_compression_ratio(self) -> int:
