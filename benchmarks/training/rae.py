@@ -183,6 +183,7 @@ def shift_claims(found: Values, draws: int) -> list[Claim]:
 
 TAUS = {"without noise": 0.0, "tau 0.8": 0.8}
 TEST_NOISE = 0.3
+SLIGHTLY = 1.0  # dB
 
 
 def pictures() -> tuple[Tensor, Tensor, Tensor]:
@@ -242,17 +243,17 @@ def decoder_claims(clean: Values, noisy: Values) -> list[Claim]:
     (off_clean, on_clean), (off_noisy, on_noisy) = (
         (values["without noise"], values["tau 0.8"]) for values in (clean, noisy)
     )
-    limit = "emoji at 32 x 32, our own small teacher's tokens, L1 alone"
-    better, worse = statistics.mean(on_noisy) > statistics.mean(off_noisy), statistics.mean(on_clean)
+    limit = "emoji at 32 x 32, our own small teacher's tokens, L1 alone, a few hundred steps"
+    better = statistics.mean(on_noisy) > statistics.mean(off_noisy)
     return [
         Claim("rae", "a decoder trained under noise restores noisy latents better", f"{PAPER}, section 4.3",
               f"PSNR of tokens with noise {TEST_NOISE}: {told(on_noisy, 2)} dB, without training under noise "
               f"{told(off_noisy, 2)} dB{'' if differs(on_noisy, off_noisy) else ': within seed noise'}",
               better, limit),
-        Claim("rae", "and clean latents slightly worse", f"{PAPER}, section 4.3: rFID 0.49 to 0.57",
+        Claim("rae", f"and clean latents only slightly worse: by less than {SLIGHTLY:g} dB", f"{PAPER}, section 4.3: rFID 0.49 to 0.57",
               f"PSNR of clean tokens: {told(on_clean, 2)} dB, without {told(off_clean, 2)} dB"
               f"{'' if differs(on_clean, off_clean) else ': within seed noise'}",
-              worse < statistics.mean(off_clean), limit),
+              0 < statistics.mean(off_clean) - statistics.mean(on_clean) < SLIGHTLY, limit),
     ]  # fmt: skip
 
 

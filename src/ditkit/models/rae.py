@@ -71,6 +71,7 @@ class RepresentationAutoencoder(ModelMixin, ConfigMixin):
         shift_factor: float = 0.0,
     ) -> None:
         super().__init__()
+        places = sincos_table(decoder_hidden_size, grid, grid)  # (1, T, D_dec)
         self.encoder = Teacher(fresh_network(encoder_config), image_mean, image_std)
         self.normed = self.encoder.drop_last_scale()
         self.decoder = RAEDecoder(
@@ -83,7 +84,6 @@ class RepresentationAutoencoder(ModelMixin, ConfigMixin):
             patch_size=patch_size,
             image_size=grid * patch_size,
         )
-        places = sincos_table(decoder_hidden_size, grid, grid)  # (1, T, D_dec)
         positions = torch.cat([torch.zeros_like(places[:, :1]), places], dim=1)  # none for the class token
         self.decoder.decoder_pos_embed = positions.to(self.decoder.decoder_pos_embed.device)
         size = (self.encoder.width, grid, grid)
