@@ -250,7 +250,8 @@ def decoder_claims(clean: Values, noisy: Values) -> list[Claim]:
               f"PSNR of tokens with noise {TEST_NOISE}: {told(on_noisy, 2)} dB, without training under noise "
               f"{told(off_noisy, 2)} dB{'' if differs(on_noisy, off_noisy) else ': within seed noise'}",
               better, limit),
-        Claim("rae", f"and clean latents only slightly worse: by less than {SLIGHTLY:g} dB", f"{PAPER}, section 4.3: rFID 0.49 to 0.57",
+        Claim("rae", f"and clean latents only slightly worse: by less than {SLIGHTLY:g} dB",
+              f"{PAPER}, section 4.3: rFID 0.49 to 0.57",
               f"PSNR of clean tokens: {told(on_clean, 2)} dB, without {told(off_clean, 2)} dB"
               f"{'' if differs(on_clean, off_clean) else ': within seed noise'}",
               0 < statistics.mean(off_clean) - statistics.mean(on_clean) < SLIGHTLY, limit),
