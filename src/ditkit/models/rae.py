@@ -85,7 +85,7 @@ class RepresentationAutoencoder(ModelMixin, ConfigMixin):
             image_size=grid * patch_size,
         )
         positions = torch.cat([torch.zeros_like(places[:, :1]), places], dim=1)  # none for the class token
-        self.decoder.decoder_pos_embed = positions.to(self.decoder.decoder_pos_embed.device)
+        self.decoder.decoder_pos_embed = positions
         size = (self.encoder.width, grid, grid)
         self.latents_mean: Tensor
         self.latents_var: Tensor

@@ -229,15 +229,11 @@ class RepresentationAutoencoderTask(AutoencoderTask):
 
     def export(self, folder: Path) -> None:
         chunks = tqdm(self._chunks(), desc="measuring tokens", delay=2)
-        mean, variance = measure(
-            self.autoencoder.tokens(self._images(self.pictures, c.numpy())) for c in chunks
-        )
-        for buffer, values in (
-            (self.autoencoder.latents_mean, mean),
-            (self.autoencoder.latents_var, variance),
-        ):
-            buffer.copy_(values.transpose(0, 1).unflatten(1, self.autoencoder.grid))  # (D, G, G)
-        self.autoencoder.to(memory_format=torch.contiguous_format).save_pretrained(folder)
+        model: Any = self.autoencoder
+        mean, variance = measure(model.tokens(self._images(self.pictures, c.numpy())) for c in chunks)
+        for buffer, values in ((model.latents_mean, mean), (model.latents_var, variance)):
+            buffer.copy_(values.transpose(0, 1).unflatten(1, model.grid))  # (D, G, G)
+        model.to(memory_format=torch.contiguous_format).save_pretrained(folder)
 
 
 @torch.no_grad()
