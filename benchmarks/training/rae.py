@@ -262,6 +262,7 @@ def main() -> None:
     parser = record.arguments(__file__, __doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="at least two")
     parser.add_argument("--width-steps", type=int, default=1200)
+    parser.add_argument("--shift-seeds", type=int, nargs="+", default=tuple(range(6)), help="of the shift's")
     parser.add_argument("--shift-steps", type=int, default=1200)
     parser.add_argument("--draws", type=int, default=20, help="sampling steps of the shift's test")
     parser.add_argument("--teacher-steps", type=int, default=300)
@@ -272,7 +273,7 @@ def main() -> None:
     )
     shifts = _study(
         SHIFTS,
-        options.seeds,
+        options.shift_seeds,
         lambda shift, seed, name: sample_distance(shift, seed, options.shift_steps, options.draws, name),
     )
     images, labels, held = pictures()
