@@ -12,6 +12,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderRAE
 
 from ditkit import models
+from ditkit.data.config import DataConfig
+from ditkit.data.latent_cache import cache_latents
+from ditkit.data.latents import LatentSet
+from ditkit.data.pictures import open_pictures
 from ditkit.models.rae import RepresentationAutoencoder
 from ditkit.training.tasks.latents import decode_pictures, encode_pictures
 from ditkit.training.teachers import load_teacher
@@ -69,6 +73,19 @@ def test_latents_are_normalised_at_each_place(tmp_path: Path) -> None:
     torch.testing.assert_close(latents, (maps - model.latents_mean) / (model.latents_var + 1e-5).sqrt())
     torch.testing.assert_close(model.denormalise(latents), tokens, atol=1e-5, rtol=1e-5)
     assert model.spatial_compression_ratio == 4
+
+
+@torch.no_grad()
+def test_its_latents_are_cached(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    NETWORKS["vit"]().save_pretrained(tmp_path / "vit")
+    model = RepresentationAutoencoder.around(load_teacher(str(tmp_path / "vit")), grid=4, **SIZES).eval()
+    model.save_pretrained(tmp_path / "rae")
+    data = DataConfig(groups=["keycap"])
+    found = LatentSet(cache_latents(data, tmp_path / "rae", tmp_path / "latents"), "train")
+    expected = encode_pictures(model, open_pictures(data, "train").images())
+    torch.testing.assert_close(found.latents(), expected, atol=1e-5, rtol=1e-5)
+    assert models.autoencoder_class(found.autoencoder) is RepresentationAutoencoder
 
 
 @torch.no_grad()

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from pydantic import Field, PositiveFloat
 
 from ditkit.data.latents import LatentSet, open_samples
 from ditkit.data.pictures import class_labels, grid, periods
+from ditkit.models import autoencoder_class
 from ditkit.models.building import DataShape, build
 from ditkit.pipelines.class_conditional import ClassConditionalPipeline
 from ditkit.pipelines.denoising import scheduler_for
@@ -148,7 +148,7 @@ class ClassToImageTask(Task):
                 raise ConfigError(
                     f"{self.run.name}.task_options.autoencoder: cached latents bring their own; leave it out"
                 )
-            return load_frozen(AutoencoderKL, self.pictures.autoencoder)
+            return load_frozen(autoencoder_class(self.pictures.autoencoder), self.pictures.autoencoder)
         return None if self.options.autoencoder is None else self.frozen(None, "autoencoder")
 
     def _encode(self, pictures: Any) -> torch.Tensor:
