@@ -95,6 +95,14 @@ def test_the_decoder_learns(training_file, tmp_path, vision) -> None:
     assert sum(curve[-5:]) < 0.6 * sum(curve[:5])
 
 
+def test_parts_of_a_batch_see_the_same_noise(training_file, tmp_path, vision) -> None:
+    run = {**recipe(vision, adversary=None, noise="half-normal"), "steps": 2}
+    for name, accumulation in (("one", 1), ("two", 2)):
+        train(training_file(name, **run, accumulation=accumulation))
+    for one, two in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
+        assert one == pytest.approx(two, rel=1e-4)
+
+
 def test_each_loss_reaches_its_own_side(training_file, vision) -> None:
     """The discriminator learns from its hinge loss alone, the decoder from all else."""
     task, noise, rows = open_task(training_file(**recipe(vision), steps=6))  # the fifth step: all set in
