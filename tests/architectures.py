@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ditkit import models
+from ditkit.models.layers import axial_rotary
 from ditkit.models.switch_dit import prior_table
 
 State = Mapping[str, Tensor]
@@ -101,6 +102,12 @@ def _dimr_names(state: State) -> dict[str, Tensor]:
             name = name.replace(ours, theirs)
         named[name] = value
     return named
+
+
+def _dit_dh_names(state: State) -> dict[str, Tensor]:
+    """With the rotary tables that the authors save, from which the number of heads is read."""
+    tables = {f"{name}_feat_rope.freqs_cos": axial_rotary(8, 8, 8)[0].clone() for name in ("enc", "dec")}
+    return {**state, **tables}
 
 
 DIMR_STAGES = [
@@ -253,6 +260,25 @@ CASES: dict[str, Case] = {
                 Published("lamamba-diff-xl", 660_725_288, config={"input_size": 64}, side=64),
             ),
             sizes=((8, 8), (4, 12), (12, 20)),
+        ),
+        Case(
+            "dit-dh",
+            dict(
+                input_size=8,
+                in_channels=4,
+                hidden_size=(16, 32),
+                depth=(2, 1),
+                num_heads=(2, 4),
+                num_classes=5,
+            ),
+            published=(
+                Published("dit-dh-s", 196_455_764),
+                Published("dit-dh-b", 294_295_892),  # the backbones of B and L are inferred
+                Published("dit-dh-l", 621_744_436),
+                Published("dit-dh-xl", 838_675_796),
+            ),
+            fixed=frozenset({"pos_embed", "t_embedder.W"}),
+            authors=_dit_dh_names,
         ),
         Case(
             "d2it",

@@ -24,15 +24,18 @@ MODELS: dict[str, dict[str, Any]] = {
     "sit": SMALL_DIT,
     **{
         name: {key: value for key, value in CASES[name].tiny.items() if key not in FROM_DATA}
-        for name in ("dico", "dtr", "dydit", "switch-dit", "lit", "pt-dit", "dimr", "lamamba-diff")
+        for name in ("dico", "dtr", "dydit", "switch-dit", "lit", "pt-dit", "dimr", "lamamba-diff", "dit-dh")
     },
 }
 MODELS["dico"]["depth"] = list(MODELS["dico"]["depth"])
 MODELS["pt-dit"]["compress_ratios"] = [1, 2, 2]
+MODELS["dit-dh"] = {"hidden_size": [16, 32], "depth": [2, 1], "num_heads": [2, 4], "patch_size": 2}
 MODELS["lamamba-diff"] |= {"patch_size": 2, "depth": [1, 1, 1, 1]}
 
 PROCESSES: dict[str, tuple[str, ...]] = {
-    name: {"sit": ("flow",), "dtr": ("gaussian",), "dimr": ("gaussian",)}.get(name, ("gaussian", "flow"))
+    name: {"sit": ("flow",), "dit-dh": ("flow",), "dtr": ("gaussian",), "dimr": ("gaussian",)}.get(
+        name, ("gaussian", "flow")
+    )
     for name in MODELS
 }
 OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -83,6 +83,31 @@ def test_a_text_and_a_method_that_can_not_work(ditkit, tmp_path: Path, arch: str
     assert not Path("b.png").exists()
 
 
+def test_another_model_guides(ditkit, exported: dict[str, Path]) -> None:
+    line = f"generate flag --model {exported['flow']} --steps 3"
+    guide = f"--guide-model {exported['flow']}"
+    for name, options in (
+        ("plain", "--guidance 1"),
+        ("itself", f"{guide} --guidance 3"),
+        ("off", f"{guide} --guidance 1"),
+        ("early", "--guidance 3 --guide-range 0.9,1"),
+        ("whole", "--guidance 3"),
+    ):
+        result = ditkit(f"{line} {options} --out {name}.png")
+        assert result.exit_code == 0, result.output
+    drawn = {name: Path(f"{name}.png").read_bytes() for name in ("plain", "itself", "off", "early", "whole")}
+    assert drawn["plain"] == drawn["itself"] == drawn["off"]
+    assert len(set(drawn.values())) == 3
+    for options, message in (
+        ("--guide-model nowhere", "--guide-model nowhere: no model folder"),
+        (f"--guide-model {exported['gaussian']}", "does not fit a DiT"),
+        ("--guide-range 0.9", "--guide-range '0.9': give two shares of noise"),
+    ):
+        refused = ditkit(f"{line} {options} --out x.png")
+        assert refused.exit_code != 0 and message in " ".join(refused.stderr.split()), refused.stderr
+        assert not Path("x.png").exists()
+
+
 def test_the_folder_is_a_pipeline(exported: dict[str, Path]) -> None:
     for folder in exported.values():
         for pipe in (ClassConditionalPipeline.from_pretrained(folder), package.load(folder)):

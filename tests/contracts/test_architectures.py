@@ -14,7 +14,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 import ditkit
 from architectures import CASES
 from contracts.test_methods import ACTIVE
-from ditkit.models.dit import SiT
 from ditkit.pipelines.class_conditional import ClassConditionalPipeline
 from ditkit.pipelines.denoising import scheduler_for
 from ditkit.registry import Entry, entries
@@ -43,7 +42,7 @@ def build(name: str) -> Any:
 def pipeline(name: str) -> ClassConditionalPipeline:
     model = build(name)
     learned = model.predicted_channels > model.in_channels
-    scheduler = scheduler_for("flow" if isinstance(model, SiT) else "gaussian", learned, clip=True)
+    scheduler = scheduler_for("flow" if model.unfit_for("gaussian") else "gaussian", learned, clip=True)
     pipe = ClassConditionalPipeline(model, scheduler)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -15,6 +15,7 @@ from architectures import CASES, Case, Published, inputs
 from ditkit import models
 from ditkit.models.convert import convert
 from ditkit.pipelines.class_conditional import ClassConditionalPipeline
+from ditkit.pipelines.denoising import scheduler_for
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
@@ -121,7 +122,10 @@ def test_saved_and_loaded(case: Case, tmp_path: Path) -> None:
 @torch.no_grad()
 def test_draws_through_the_pipeline(case: Case, tmp_path: Path) -> None:
     model = case.model()
-    pipe = ClassConditionalPipeline(model, DDIMScheduler())
+    flow = model.unfit_for("gaussian") is not None
+    pipe = ClassConditionalPipeline(
+        model, scheduler_for("flow", False, clip=False) if flow else DDIMScheduler()
+    )
     pipe.set_progress_bar_config(disable=True)
     options = {
         "class_labels": [1, 2],

@@ -15,6 +15,7 @@ from ditkit.models import lit
 from ditkit.models.building import DataShape, build
 from ditkit.pipelines.class_conditional import ClassConditionalPipeline
 from ditkit.processes.gaussian import GaussianDiffusion
+from ditkit.processes.times import logit_normal, shifted
 from ditkit.training.config import ConfigError, load
 from ditkit.training.tasks import find
 from ditkit.training.trainer import train
@@ -37,6 +38,28 @@ def test_trains_resumes_bit_exact_and_draws(training_file, tmp_path, monkeypatch
     pipe.set_progress_bar_config(disable=True)
     drawn = pipe(["flag", "keycap"], guidance_scale=2.0, num_inference_steps=2, output_type="latent").images
     assert drawn.shape == (2, 3, 8, 8) and torch.isfinite(torch.as_tensor(drawn)).all()
+
+
+def test_times_and_shift_of_a_flow(training_file):
+    """The network is shown times of the distribution asked for, the scheduler is shifted alike."""
+    chosen = {"time_distribution": "logit-normal", "time_mean": 0.5, "shift": 3.0}
+    path = training_file(task_options={**options("sit", "flow"), **chosen})
+    task, noise, rows = open_task(path)
+    seen: list[torch.Tensor] = []
+    task.model.register_forward_pre_hook(lambda _, given: seen.append(given[1]))
+    task(rows, noise)
+    twin = open_task(path)[1]
+    twin.normal(*task.samples.shape[1:])
+    uniform = twin.uniform()
+    share = shifted(logit_normal(uniform, 0.5), 3.0)
+    torch.testing.assert_close(seen[0], 1 - share)
+    assert task.process.shift == 3
+    pipe = open_pipeline(
+        train(training_file("short", steps=1, task_options={**options("sit", "flow"), **chosen}))
+    )
+    assert pipe.scheduler.config["shift"] == 3
+    auto = open_task(training_file("auto", task_options={**options("sit", "flow"), "shift": "auto"}))[0]
+    assert auto.process.shift == pytest.approx((3 * 8 * 8 / 4096) ** 0.5)
 
 
 @pytest.mark.parametrize("arch", MODELS)
@@ -78,6 +101,9 @@ def test_without_objectives_the_loss_is_the_process_s(training_file):
     ("changes", "words"),
     [
         (options("sit", "gaussian"), ["process", "gaussian can't train sit", "0 to 1"]),
+        (options("dit-dh", "gaussian"), ["process", "gaussian can't train dit-dh", "set process: flow"]),
+        ({**options("dit"), "shift": "auto"}, ["time_distribution and shift", "process: flow"]),
+        ({**options("sit", "flow"), "shift": -1}, ["task_options.shift"]),
         (options("dtr", "flow"), ["flow can't train dtr", "whole timesteps", "SiT"]),
         (options("dimr", "flow"), ["flow can't train dimr", "predicts noise"]),
         ({**options("dimr"), "pixels": 16}, ["dimr is built for 3 x 8 x 8", "3 x 16 x 16"]),
@@ -150,11 +176,13 @@ def test_every_architecture_has_a_configuration(request):
 @pytest.mark.parametrize("arch", MODELS)
 def test_its_configuration_builds_a_small_model(request, arch):
     """What the file describes exists, takes its data's size, and has one to three million parameters."""
-    path = request.config.rootpath / "configs" / f"{arch.replace('-', '_')}_emoji.yaml"
-    stage = load(path).stages[-1]
-    chosen, side = stage.task_options, stage.task_options["pixels"]
-    shape = DataShape((side, side), 3, 9, chosen["process"] == "gaussian")
-    first = load(path).stages[0].task_options
+    name = {"dit-dh": "rae"}.get(arch, arch.replace("-", "_"))
+    stages = load(request.config.rootpath / "configs" / f"{name}_emoji.yaml").stages
+    chosen, first = stages[-1].task_options, stages[0].task_options
+    side, channels = chosen.get("pixels"), 3
+    if side is None:  # the tokens of the first stage's vision transformer
+        side, channels = stages[-1].data.size // first["model"]["patch_size"], first["model"]["hidden_size"]
+    shape = DataShape((side, side), channels, 9, chosen["process"] == "gaussian")
     config = first["model"] | chosen["model"] if "inherit_from" in chosen else chosen["model"]
     with torch.device("meta"):
         model = build(chosen["arch"], shape, config)

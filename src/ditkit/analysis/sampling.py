@@ -28,6 +28,7 @@ class Sampling:
         size: height and width in pixels; None for the pipeline's own default.
         seed: picture i of a call starts from the noise of `seed + i`, so that it can be drawn again alone.
         frames: of a clip; None for the pipeline's own default.
+        guidance_interval: shares of noise between which guidance acts; None for the pipeline's own default.
     """
 
     steps: int = 28
@@ -35,6 +36,7 @@ class Sampling:
     size: tuple[int, int] | None = None
     seed: int = 0
     frames: int | None = None
+    guidance_interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -173,6 +175,12 @@ def call_arguments(pipe: Any, sampling: Sampling, count: int) -> dict[str, Any]:
                 arguments["negative_prompt"] = [""] * count
         else:
             arguments["guidance_scale"] = sampling.guidance
+    if sampling.guidance_interval is not None:
+        if "guidance_interval" not in known:
+            raise TypeError(
+                f"{type(pipe).__name__} knows no guidance_interval: it guides at every noise level"
+            )
+        arguments["guidance_interval"] = sampling.guidance_interval
     longest = _longest_text(pipe)
     default = getattr(known.get("max_sequence_length"), "default", None)
     if isinstance(default, int) and longest is not None and longest < default:

@@ -82,7 +82,10 @@ def motion(
 
 
 def cache_latents(
-    autoencoder: Annotated[Path, typer.Option("--autoencoder", help="Folder of an AutoencoderKL.")],
+    autoencoder: Annotated[
+        Path,
+        typer.Option("--autoencoder", help="Folder of an AutoencoderKL, or of a representation autoencoder."),
+    ],
     data: Annotated[
         list[str],
         typer.Option("--data", help="key=value of a training file's data section: kind, path, size, ..."),

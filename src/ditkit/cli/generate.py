@@ -76,6 +76,21 @@ def generate(
     seed: Seed = 0,
     steps: StepsOfRecipe = None,
     guidance: Guidance = None,
+    guide_model: Annotated[
+        Path | None,
+        typer.Option(
+            "--guide-model",
+            help="Folder of a weaker model of the same classes: guide away from its prediction, instead of "
+            "from that without a class.",
+        ),
+    ] = None,
+    guide_range: Annotated[
+        str | None,
+        typer.Option(
+            "--guide-range",
+            help="Shares of noise between which guidance acts, such as 0.1,0.9; 0,1 if not given.",
+        ),
+    ] = None,
     size: Size = None,
     frames: Annotated[
         int | None, typer.Option("--frames", min=1, help="Frames of a clip; the model's own if not given.")
@@ -98,7 +113,7 @@ def generate(
     writable_file(out, (*PICTURES, *CLIPS))
     if any(not text.strip() for text in prompt):
         raise UsageError("a prompt is empty")
-    pixels = parse_size(size)
+    pixels, interval = parse_size(size), parse_interval(guide_range)
     from ditkit.analysis import pictures
     from ditkit.analysis.contestants import parse
     from ditkit.analysis.sampling import Sampling, draws_classes, draws_clips, sample
@@ -124,9 +139,15 @@ def generate(
         raise UsageError(f"--frames {frames}: {model} draws pictures, not clips")
     if draws_classes(pipe):
         _check_classes(pipe, prompt)
+    elif guide_model is not None or interval is not None:
+        raise UsageError(
+            f"--guide-model and --guide-range are of class-conditional models; {model} draws from text"
+        )
+    if guide_model is not None:
+        _guide(pipe, guide_model)
     if opened is not None:
         opened.check(pipe)
-    sampling = Sampling(steps or STEPS, guidance, pixels, seed, frames)
+    sampling = Sampling(steps or STEPS, guidance, pixels, seed, frames, interval)
     with applied(pipe, methods) as run, step_bar(sampling.steps * -(-len(prompt) // batch)) as on_step:
         drawn = sample(pipe, prompt, sampling, on_step, batch)
         report = run.report() if run is not None else None
@@ -187,6 +208,20 @@ def _check_classes(pipe: Any, prompts: list[str]) -> None:
             raise UsageError(str(error)) from None
 
 
+def _guide(pipe: Any, folder: Path) -> None:
+    """Guide a pipeline by the model in a folder.
+
+    Raises:
+        UsageError: there is none, or it does not fit.
+    """
+    from ditkit.models import load as load_model
+
+    try:
+        pipe.guide_by(load_model(folder).eval())
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(f"--guide-model {folder}: {error}") from None
+
+
 def load(model: str) -> Any:
     """The text-to-picture or text-to-video pipeline, without its own progress bar: the commands have theirs.
 
@@ -242,6 +277,23 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
         raise UsageError(f"--size {text!r}: give pixels as 64, or as 96x64 (width x height)")
     width = int(match[1])
     return (int(match[2]) if match[2] else width, width)
+
+
+def parse_interval(text: str | None) -> tuple[float, float] | None:
+    """`"0.1,0.9"` as two shares.
+
+    Raises:
+        UsageError: anything else.
+    """
+    if text is None:
+        return None
+    try:
+        first, last = (float(part) for part in text.split(","))
+    except ValueError:
+        first, last = -1.0, -1.0
+    if not 0 <= first <= last <= 1:
+        raise UsageError(f"--guide-range {text!r}: give two shares of noise from 0 to 1, such as 0.1,0.9")
+    return first, last
 
 
 def numbered(out: Path, count: int) -> list[Path]:

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
@@ -26,9 +25,11 @@ from ditkit.data.latents import AUTOENCODER, FORMAT, MANIFEST, LatentCacheError
 from ditkit.data.pictures import classes_of, open_records
 from ditkit.data.records import Records, Unreadable, to_tensor
 from ditkit.files import whole_file, write_text
+from ditkit.models import autoencoder_class
 from ditkit.training.tasks.latents import encode_pictures
 
 PLAN = "plan.json"
+AUTOENCODERS = ("AutoencoderKL", "RepresentationAutoencoder")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -64,7 +65,7 @@ def cache_latents(
 
     Args:
         data: which pictures.
-        autoencoder: folder of an `AutoencoderKL`; a copy of it is kept beside the latents.
+        autoencoder: folder of one of `AUTOENCODERS`; a copy of it is kept beside the latents.
         out: where to; the same call goes on where an earlier one stopped, and mends damaged shards.
         options: how latents are kept.
 
@@ -106,13 +107,17 @@ def cache_latents(
 
 
 def _open(folder: Path) -> Any:
-    config = folder / "config.json"
-    if not config.is_file():
+    if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no autoencoder at {folder}: it has no config.json")
-    name = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
-    if name != "AutoencoderKL":
-        raise LatentCacheError(f"{folder} is a {name}; latents of pictures need an AutoencoderKL")
-    network: Any = AutoencoderKL.from_pretrained(folder, use_safetensors=True)
+    try:
+        cls = autoencoder_class(folder)
+    except ValueError as error:
+        raise LatentCacheError(str(error)) from error
+    if cls.__name__ not in AUTOENCODERS:
+        raise LatentCacheError(
+            f"{folder} is a {cls.__name__}; latents of pictures need an {' or '.join(AUTOENCODERS)}"
+        )
+    network: Any = cls.from_pretrained(folder, use_safetensors=True)
     network.register_to_config(_name_or_path="")  # no folder of a machine in the copy
     return network.eval().requires_grad_(False)
 
@@ -134,7 +139,7 @@ def _plan(data: DataConfig, records: Records, network: Any, options: CacheOption
             "names_sha256": _digest(names.encode()),
         },
         "autoencoder": {
-            "class": "AutoencoderKL",
+            "class": type(network).__name__,
             "config_sha256": _digest(json.dumps(config, default=str).encode()),
             "weights_sha256": weights.hexdigest(),
             "scaling_factor": network.config.scaling_factor,
@@ -176,7 +181,7 @@ def _encode_shard(
     for start in range(0, len(found), options.batch):
         pixels = np.stack([picture for _, picture in found[start : start + options.batch]])
         parts.append(encode_pictures(network, to_tensor(pixels).to(network.device)).cpu())
-    latents = torch.cat(parts) if parts else torch.empty(0, network.config.latent_channels, 1, 1)
+    latents = torch.cat(parts) if parts else torch.empty(0, 1, 1, 1)
     latents = latents.to(getattr(torch, options.dtype)).contiguous()
     with whole_file(out / f"{name}.safetensors") as part:
         save_file({"latents": latents}, part)

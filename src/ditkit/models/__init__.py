@@ -55,6 +55,16 @@ def load(folder: str | Path, **options: Any) -> Any:
         ValueError: it names no class of ours.
     """
     folder = model_folder(folder)
+    return class_of(folder).from_pretrained(folder, **options)
+
+
+def class_of(folder: Path) -> Any:
+    """The class of ours that the config.json of a folder names.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ValueError: it names no class of ours.
+    """
     config = folder / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"no model folder at {folder}: it has no config.json")
@@ -62,5 +72,22 @@ def load(folder: str | Path, **options: Any) -> Any:
     for entry in registry.entries("model").values():
         cls = getattr(sys.modules[entry.target.__module__], str(name), None)
         if cls is not None:
-            return cls.from_pretrained(folder, **options)
+            return cls
     raise ValueError(f"{config} names the class {name!r}, which is no architecture of ours")
+
+
+def autoencoder_class(folder: Path) -> Any:
+    """The class of the autoencoder in a folder: diffusers' `AutoencoderKL`, or one of ours.
+
+    Raises:
+        FileNotFoundError, ValueError: see `class_of`; also where it is no autoencoder.
+    """
+    from diffusers import AutoencoderKL
+
+    config = folder / "config.json"
+    if config.is_file() and json.loads(config.read_text()).get("_class_name") == AutoencoderKL.__name__:
+        return AutoencoderKL
+    cls = class_of(folder)
+    if not hasattr(cls, "decode"):
+        raise ValueError(f"{folder} is a {cls.__name__}, which is no autoencoder")
+    return cls

@@ -46,11 +46,17 @@ class DiTBlock(RoutableBlock):
 
     def __init__(self, width: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm1 = self.make_norm(width)
         self.attn = Attention(width, num_heads)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.norm2 = self.make_norm(width)
+        self.mlp = self.make_mlp(width, mlp_ratio)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def make_norm(self, width: int) -> nn.Module:
+        return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+
+    def make_mlp(self, width: int, mlp_ratio: float) -> nn.Module:
+        return Mlp(width, int(width * mlp_ratio))
 
     def transform(self, hidden_states: Tensor, conditioning: Tensor, *more: Any) -> Tensor:
         """Tokens (B, T, D) and conditioning (B, T or 1, D) to tokens (B, T, D); `more` goes to `attn`."""

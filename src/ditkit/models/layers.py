@@ -59,6 +59,41 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor
     return patches.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, R P, S P)
 
 
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines, each (T, E), by which queries and keys of T tokens are turned."""
+
+
+@functools.lru_cache(maxsize=16)
+def axial_rotary(head_width: int, rows: int, columns: int, theta: float = 10000.0) -> Rotary:
+    """Rotary positions of a grid, row-major, float32 on the CPU, two of (R S, E); they count from 0.
+
+    The first half of a head's channels turns with the row, the second with the column; pairs of neighbours
+    turn together, the k-th pair of a half by `position * theta^(-2 k / (E/2))`.
+
+    Raises:
+        ValueError: if `head_width` is not a multiple of 4.
+    """
+    if head_width % 4:
+        raise ValueError(
+            f"a head of {head_width} channels has no axial rotary positions: use a multiple of 4"
+        )
+    on_cpu = {"dtype": torch.float64, "device": "cpu"}  # explicit: a caller may be building on "meta"
+    row = torch.arange(rows, **on_cpu).repeat_interleave(columns)  # (T,)
+    column = torch.arange(columns, **on_cpu).repeat(rows)  # (T,)
+    rates = theta ** -(torch.arange(0, head_width // 2, 2, **on_cpu) / (head_width // 2))  # (E/4,)
+    angles = torch.cat([torch.outer(row, rates), torch.outer(column, rates)], dim=1)  # (T, E/2)
+    angles = angles.repeat_interleave(2, dim=1)  # (T, E)
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(heads: Tensor, rotary: Rotary) -> Tensor:
+    """Queries or keys (B, N, T, E) turned by their positions, in float32."""
+    cosines, sines = (table.to(heads.device) for table in rotary)
+    even, odd = heads.float().unflatten(-1, (-1, 2)).unbind(-1)  # each (B, N, T, E/2)
+    turned = torch.stack([-odd, even], dim=-1).flatten(-2)  # (B, N, T, E)
+    return (heads.float() * cosines + turned * sines).to(heads.dtype)
+
+
 class PatchEmbed(nn.Module):
     """One linear map of each P x P patch: (B, C, H, W) -> (B, T, D), row-major."""
 
@@ -190,10 +225,14 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, mask: Tensor | None = None, rotary: Rotary | None = None
+    ) -> Tensor:
         """The mask (B or 1, 1, T or 1, T) says which keys count, or is added to the scores."""
         qkv = self.qkv(hidden_states).unflatten(2, (3, self.num_heads, -1))  # (B, T, 3, N, E)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, N, T, E)
+        if rotary is not None:
+            query, key = rotate(query, rotary), rotate(key, rotary)
         # Called through the module's attribute: that is where attention methods step in.
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # (B, N, T, E)
         return self.proj(attended.transpose(1, 2).flatten(2))
@@ -239,6 +278,19 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(hidden_states)))
 
 
+class GatedMlp(nn.Module):
+    """SwiGLU: `W3 (silu(a) b)`, a and b the halves of one projection: (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(width, 2 * hidden_width)
+        self.w3 = nn.Linear(hidden_width, width)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        gate, value = self.w12(hidden_states).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
 class RoutableBlock(nn.Module):
     """A residual block that may read a masked stream: `block(m x) + (1 - m) x`.
 
@@ -259,11 +311,11 @@ class RoutableBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """The head: adaptive layer norm and one linear map, (B, T, D) -> (B, T, P P C_out)."""
+    """The head: adaptive layer norm, or another `norm`, and a linear map: (B, T, D) -> (B, T, P P C_out)."""
 
-    def __init__(self, width: int, patch_size: int, out_channels: int) -> None:
+    def __init__(self, width: int, patch_size: int, out_channels: int, norm: nn.Module | None = None) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6) if norm is None else norm
         self.linear = nn.Linear(width, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 

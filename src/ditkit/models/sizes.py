@@ -68,6 +68,10 @@ PUBLISHED: dict[str, Size] = {
     "dimr-xl/3r": Size(525e6),
     "lamamba-diff-xl": Size(659_742_248, 50.47),
     "lamamba-diff-xl-state1": Size(652_484_648, 45.93),
+    "dit-dh-s": Size(196_455_764),
+    "dit-dh-b": Size(294_295_892),
+    "dit-dh-l": Size(621_744_436),
+    "dit-dh-xl": Size(838_675_796),
     "d2it-l": Size(467e6),
     "d2it-xl": Size(687e6),
 }

@@ -18,7 +18,7 @@ from diffusers import ImagePipelineOutput
 from torch import Tensor
 
 from ditkit.models.base import ClassConditionalModel
-from ditkit.models.guidance import GuidedChannels
+from ditkit.models.guidance import GuidedChannels, guide, guided_channels
 from ditkit.pipelines.denoising import (
     Callback,
     DenoisingPipeline,
@@ -27,6 +27,9 @@ from ditkit.pipelines.denoising import (
     OutputType,
     Sampler,
 )
+
+GUIDANCE_SCALE = 4.0
+AUTOGUIDANCE_SCALE = 1.42  # of arXiv 2510.11690 for pictures of 256 x 256
 
 __all__ = ["ClassConditionalPipeline", "Sampler", "find_class"]
 
@@ -43,13 +46,15 @@ class ClassConditionalPipeline(DenoisingPipeline):
         vae: an `AutoencoderKL`; without one the latents are the pictures, and have 1 or 3 channels, or are
             asked for with `output_type="latent"`.
         class_names: in the order of their labels; None: classes are known by number only.
+        guiding_transformer: see `guide_by`.
 
     Raises:
-        ValueError: names in another number than the model's classes.
+        ValueError: names in another number than the model's classes; a guiding model of other samples.
     """
 
-    model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ["vae"]
+    model_cpu_offload_seq = "guiding_transformer->transformer->vae"
+    _optional_components = ["vae", "guiding_transformer"]
+    guiding_transformer: ClassConditionalModel | None
 
     def __init__(
         self,
@@ -57,20 +62,44 @@ class ClassConditionalPipeline(DenoisingPipeline):
         scheduler: Any,
         vae: Any = None,
         class_names: Sequence[str] | None = None,
+        guiding_transformer: ClassConditionalModel | None = None,
     ) -> None:
         super().__init__()
         self._hold(transformer, scheduler, vae)
+        self.guide_by(guiding_transformer)
         classes = transformer.y_embedder.num_classes
         if class_names is not None and len(class_names) != classes:
             raise ValueError(f"class_names: {len(class_names)} names for a model of {classes} classes")
         self.class_names = None if class_names is None else list(class_names)
         self.register_to_config(class_names=self.class_names)
 
+    def guide_by(self, model: ClassConditionalModel | None) -> None:
+        """Guide by another model instead of by leaving out the class; None: by leaving out the class.
+
+        AutoGuidance, Karras et al., arXiv 2406.02507: the prediction is pushed away from that of a weaker
+        model, smaller or less trained, of the same samples, `v = v_weak + guidance_scale (v - v_weak)`.
+        Models of any two of our architectures go together.
+
+        Raises:
+            ValueError: a model of other channels or classes.
+        """
+        if model is not None:
+            for name, theirs, ours in (
+                ("channels", model.in_channels, self.transformer.in_channels),
+                ("classes", model.y_embedder.num_classes, self.transformer.y_embedder.num_classes),
+            ):
+                if theirs != ours:
+                    raise ValueError(
+                        f"guiding_transformer: a {type(model).__name__} of {theirs} {name} can't guide a "
+                        f"{type(self.transformer).__name__} of {ours}"
+                    )
+        self.register_modules(guiding_transformer=model)
+
     @torch.no_grad()
     def __call__(
         self,
         class_labels: int | str | Sequence[int | str] | Tensor | None = None,
-        guidance_scale: float = 4.0,
+        guidance_scale: float | None = None,
         guidance_channels: GuidedChannels | None = None,
         num_inference_steps: int = 50,
         num_images_per_label: int = 1,
@@ -82,15 +111,16 @@ class ClassConditionalPipeline(DenoisingPipeline):
         output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> ImagePipelineOutput | tuple[Any]:
         """Draw pictures.
 
         Args:
             class_labels: one class or several, by label, 0..num_classes-1, or by name; None draws without a
                 class.
-            guidance_scale: 1 is no guidance, and costs half.
+            guidance_scale: 1 is no guidance, and costs half. None: 4, or 1.42 with a guiding model.
             guidance_channels: how many leading channels are guided, or "all", as diffusers does. None: as the
-                model's authors, 3 for a DiT or SiT (all where there are fewer).
+                model's authors, 3 for a DiT or SiT (all where there are fewer); all with a guiding model.
             num_inference_steps: steps of the scheduler; a sampler has its own.
             num_images_per_label: pictures of each label.
             height: of the pictures in pixels; by default what the model was built for.
@@ -102,13 +132,14 @@ class ClassConditionalPipeline(DenoisingPipeline):
             return_dict: whether to return an object with `.images`, or a tuple.
             callback_on_step_end: `(pipeline, step, timestep, {"latents"})`, may return new latents; with the
                 scheduler only.
+            guidance_interval: shares of noise, 0 for the data and 1 for the noise, between which it guides.
 
         Raises:
             ValueError: for labels, sizes, channels or a scheduler that do not fit the model.
         """
         labels = self._labels(class_labels, num_images_per_label)
-        scale = 1.0 if class_labels is None else guidance_scale
-        network = self._network(labels, scale, guidance_channels)
+        scale = self._scale(guidance_scale, class_labels is not None)
+        network = self._network(labels, scale, guidance_channels, guidance_interval)
         self._check(output_type, None if sampler else self.scheduler)
         noise = self._noise(len(labels), height, width, generator, latents)
         drawn = self._draw(network, noise, sampler, num_inference_steps, generator, callback_on_step_end)
@@ -128,16 +159,44 @@ class ClassConditionalPipeline(DenoisingPipeline):
         labels: Tensor,
         guidance_scale: float,
         guidance_channels: GuidedChannels | None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         **conditions: Tensor,
     ) -> Network:
         """`(x, t) -> guided prediction` for labels (B,) and what else the model's forward takes for each."""
-        without = None
-        if guidance_scale != 1:
+        given = {"class_labels": labels, **conditions}
+        plain = self._guided(given, None, 1.0, guidance_channels)
+        if guidance_scale == 1:
+            return plain
+        if self.guiding_transformer is None:
             null = torch.full_like(labels, self.transformer.y_embedder.null_label)
             without = {"class_labels": null, **conditions}
-        return self._guided(
-            {"class_labels": labels, **conditions}, without, guidance_scale, guidance_channels
-        )
+            guided = self._guided(given, without, guidance_scale, guidance_channels)
+        else:
+            guided = self._guided_away(given, guidance_scale, guidance_channels or "all")
+        return self._within(guided, plain, guidance_interval)
+
+    def _guided_away(self, conditions: dict[str, Tensor], scale: float, asked: GuidedChannels) -> Network:
+        """The network, guided by the other model."""
+        channels, weaker = guided_channels(asked, self.transformer.in_channels), self.guiding_transformer
+        assert weaker is not None
+
+        def network(state: Tensor, t: Tensor) -> Tensor:
+            strong = self.transformer(state, t, return_dict=False, **conditions)[0]
+            weak = weaker(state, t, return_dict=False, **conditions)[0]
+            return guide(strong, weak, scale, channels)[0]
+
+        return network
+
+    def _scale(self, asked: float | None, labelled: bool) -> float:
+        """The guidance scale of a call; without labels there is no class to leave out."""
+        if self.guiding_transformer is not None:
+            return AUTOGUIDANCE_SCALE if asked is None else asked
+        return (GUIDANCE_SCALE if asked is None else asked) if labelled else 1.0
+
+    def _check(self, output_type: str, scheduler: Any) -> None:
+        super()._check(output_type, scheduler)
+        if self.guiding_transformer is not None and scheduler is not None:
+            self._check_process(self.guiding_transformer, scheduler)
 
     def _labels(self, class_labels: Any, repeats: int) -> Tensor:
         """Labels (B,) on the model's device."""

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from ditkit import registry
 from ditkit.models.base import ClassConditionalModel
-from ditkit.models.dit import SiT
 from ditkit.models.guidance import GuidedChannels, guide, guided_channels
 
 Network = Callable[[Tensor, Tensor], Tensor]
@@ -36,16 +35,19 @@ OutputType = Literal["pil", "np", "pt", "latent"]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-def scheduler_for(process: Literal["gaussian", "flow"], learned_variance: bool, clip: bool) -> Any:
+def scheduler_for(
+    process: Literal["gaussian", "flow"], learned_variance: bool, clip: bool, shift: float = 1.0
+) -> Any:
     """The scheduler that draws from what a process of ours trained.
 
     Args:
         process: "gaussian", 1,000 linear steps, or "flow", velocities on the linear path.
         learned_variance: whether the model predicts one.
         clip: whether predicted samples are clipped to [-1, 1]; right for pixels, wrong for latents.
+        shift: of a flow's times towards noise.
     """
     if process == "flow":
-        return FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False)
+        return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False)
     return DDPMScheduler(
         beta_start=1e-4,
         beta_end=0.02,
@@ -77,6 +79,8 @@ class DenoisingPipeline(DiffusionPipeline):
 
     def _pixels(self, vae: Any) -> int:
         """Pixels a side of a latent."""
+        if hasattr(vae, "spatial_compression_ratio"):
+            return vae.spatial_compression_ratio
         return 2 ** (len(vae.config.block_out_channels) - 1)
 
     def _guided(
@@ -106,6 +110,26 @@ class DenoisingPipeline(DiffusionPipeline):
             prediction = self.transformer(states, times, return_dict=False, **both)[0]
             conditional, unconditional = prediction.chunk(2)
             return guide(conditional, unconditional, guidance_scale, channels)[0]
+
+        return network
+
+    def _within(self, guided: Network, plain: Network, interval: tuple[float, float]) -> Network:
+        """Guided where the share of noise is in the interval, else plain.
+
+        Raises:
+            ValueError: an interval that is not of [0, 1], or out of order.
+        """
+        first, last = interval
+        if not 0 <= first <= last <= 1:
+            raise ValueError(f"guidance_interval={interval}: expected two shares of noise, 0 <= a <= b <= 1")
+        if (first, last) == (0, 1):
+            return guided
+        flow = is_flow(self.scheduler)
+
+        def network(state: Tensor, t: Tensor) -> Tensor:
+            time = float(t.flatten()[0])
+            share = 1 - time if flow else time / self.scheduler.config["num_train_timesteps"]
+            return (guided if first <= share <= last else plain)(state, t)
 
         return network
 
@@ -211,15 +235,23 @@ class DenoisingPipeline(DiffusionPipeline):
             )
         if scheduler is None:
             return
-        sit, variance = isinstance(self.transformer, SiT), self.transformer.out_channels > channels
-        if (variance and not sit) if is_flow(scheduler) else sit:
-            raise ValueError(
-                f"{type(scheduler).__name__} does not fit a {type(self.transformer).__name__}: a SiT needs a "
-                "flow-matching scheduler or a sampler, a DiT with learned variance one of the others"
-            )
+        self._check_process(self.transformer, scheduler)
+        variance = self.transformer.out_channels > channels
         if _learns_variance(scheduler) and not variance:
             raise ValueError(
                 f"variance_type={scheduler.config['variance_type']!r} needs a model with learn_sigma=True"
+            )
+
+    @staticmethod
+    def _check_process(model: ClassConditionalModel, scheduler: Any) -> None:
+        """Refuse a scheduler that is of no process of the model's."""
+        flow, variance = is_flow(scheduler), model.predicted_channels > model.in_channels
+        reason = "it learns a variance" if flow and variance else None
+        if reason := reason or model.unfit_for("flow" if flow else "gaussian"):
+            raise ValueError(
+                f"{type(scheduler).__name__} does not fit a {type(model).__name__}: {reason}; what predicts "
+                "velocities needs a flow-matching scheduler or a sampler, a DiT with learned variance one of "
+                "the others"
             )
 
 

@@ -40,14 +40,14 @@ class DynamicGrainPipeline(ClassConditionalPipeline):
         vae: a `DualGrainAutoencoder`; without one ask for `output_type="latent"`.
         grain_transformer: a `GrainTransformer`; without one every call needs `grain`.
         fine_ratio: the share of fine regions in the training pictures, for random maps.
-        class_names: as `ClassConditionalPipeline`'s.
+        class_names, guiding_transformer: as `ClassConditionalPipeline`'s.
 
     Raises:
         ValueError: a share outside [0, 1].
     """
 
-    model_cpu_offload_seq = "grain_transformer->transformer->vae"
-    _optional_components = ["vae", "grain_transformer"]
+    model_cpu_offload_seq = "grain_transformer->guiding_transformer->transformer->vae"
+    _optional_components = ["vae", "grain_transformer", "guiding_transformer"]
 
     def __init__(
         self,
@@ -57,10 +57,11 @@ class DynamicGrainPipeline(ClassConditionalPipeline):
         grain_transformer: GrainTransformer | None = None,
         fine_ratio: float = 0.5,
         class_names: Sequence[str] | None = None,
+        guiding_transformer: D2iT | None = None,
     ) -> None:
         if not 0 <= fine_ratio <= 1:
             raise ValueError(f"fine_ratio={fine_ratio}: expected a share, 0 to 1")
-        super().__init__(transformer, scheduler, vae, class_names)
+        super().__init__(transformer, scheduler, vae, class_names, guiding_transformer)
         self.register_modules(grain_transformer=grain_transformer)
         self.grain_transformer = grain_transformer
         self.register_to_config(fine_ratio=fine_ratio)
@@ -72,7 +73,7 @@ class DynamicGrainPipeline(ClassConditionalPipeline):
     def __call__(
         self,
         class_labels: int | str | Sequence[int | str] | Tensor | None = None,
-        guidance_scale: float = 4.0,
+        guidance_scale: float | None = None,
         guidance_channels: GuidedChannels | None = None,
         num_inference_steps: int = 50,
         num_images_per_label: int = 1,
@@ -86,6 +87,7 @@ class DynamicGrainPipeline(ClassConditionalPipeline):
         callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
         grain: Tensor | Literal["random"] | None = None,
         num_grain_steps: int = 16,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> DynamicGrainOutput | tuple[Any]:
         """Draw pictures.
 
@@ -107,8 +109,8 @@ class DynamicGrainPipeline(ClassConditionalPipeline):
         noise = self._noise(len(labels), height, width, generator, latents)
         size = (noise.shape[2] // 2, noise.shape[3] // 2)
         regions = self._regions(labels, size, grain, num_grain_steps, generator)
-        scale = 1.0 if class_labels is None else guidance_scale
-        guided = self._network(labels, scale, guidance_channels, grain=regions)
+        scale = self._scale(guidance_scale, class_labels is not None)
+        guided = self._network(labels, scale, guidance_channels, guidance_interval, grain=regions)
 
         def network(state: Tensor, t: Tensor) -> Tensor:
             return guided(multi_grained_noise(state, regions), t)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ditkit.processes.gaussian import mean_flat
 from ditkit.processes.paths import PATHS, DiffusionForm, Path, PathName
+from ditkit.processes.times import TIME_DISTRIBUTIONS, TimeDistribution, logit_normal, shifted
 
 ModelFunction = Callable[[Tensor, Tensor], Tensor]
 """`(x_t, t) -> prediction`, both (B, C, ...), t in [0, 1]."""
@@ -35,9 +36,13 @@ class Transport:
         train_eps: distance kept from the ends of [0, 1] in training; None is the authors': 1e-5 for "vp",
             0 for velocities on the other paths, 1e-3 for noise and score on them.
         sample_eps: the same in sampling; None is the authors': 1e-3, or 0 for velocities on other paths.
+        times: how often training draws each time: all alike, or with a normal logit.
+        times_mean, times_std: of that logit, of the share of noise.
+        shift: moves the times of training and of ODE samplers towards noise, see `times.shifted`; 1 does not.
 
     Raises:
-        ValueError: for an option that does not exist, or a distance outside [0, 0.5).
+        ValueError: for an option that does not exist, a distance outside [0, 0.5), or a deviation or shift
+            that is not positive.
     """
 
     path: PathName = "linear"
@@ -45,18 +50,26 @@ class Transport:
     weight: Literal["velocity", "likelihood"] | None = None
     train_eps: float | None = None
     sample_eps: float | None = None
+    times: TimeDistribution = "uniform"
+    times_mean: float = 0.0
+    times_std: float = 1.0
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("path", self.path, tuple(PATHS)),
             ("prediction", self.prediction, ("velocity", "noise", "score")),
             ("weight", self.weight, (None, "velocity", "likelihood")),
+            ("times", self.times, TIME_DISTRIBUTIONS),
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r} is unknown; there are {', '.join(map(str, known))}")
         for name, value in (("train_eps", self.train_eps), ("sample_eps", self.sample_eps)):
             if value is not None and not 0 <= value < 0.5:
                 raise ValueError(f"{name}={value}: expected a distance from the ends of [0, 1], in [0, 0.5)")
+        for name, value in (("times_std", self.times_std), ("shift", self.shift)):
+            if value <= 0:
+                raise ValueError(f"{name}={value}: expected a number above 0")
 
     @cached_property
     def plan(self) -> Path:
@@ -79,13 +92,14 @@ class Transport:
             model: called once, with x_t and t.
             x1: data, (B, C, ...).
             x0: standard normal noise; drawn when None.
-            t: times, (B,); drawn uniformly from `train_interval` when None.
+            t: times, (B,); drawn by `draw_times`, from `train_interval` where they are uniform, when None.
             weight: what each element counts in the mean, broadcast to the data; None: all alike.
         """
         x0 = torch.randn_like(x1) if x0 is None else x0
         if t is None:
             start, stop = self.train_interval()
-            t = torch.rand(x1.shape[:1], device=x1.device, dtype=x1.dtype) * (stop - start) + start
+            uniform = torch.rand(x1.shape[:1], device=x1.device, dtype=x1.dtype)
+            t = self.draw_times(uniform * (stop - start) + start)
         time = self.plan.time(t, x1)
         output = model(self.plan.interpolate(x0, x1, time), t)
         if output.shape != x1.shape:
@@ -106,6 +120,18 @@ class Transport:
         if self.weight == "velocity":
             return (self.plan.score_rate(time) / sigma) ** 2
         return self.plan.score_rate(time) / sigma**2
+
+    # --- times ----------------------------------------------------------------------------------------
+
+    def draw_times(self, uniform: Tensor) -> Tensor:
+        """Uniform numbers in [0, 1) to times as training draws them, of the same shape."""
+        if self.times == "logit-normal":
+            return 1 - shifted(logit_normal(uniform, self.times_mean, self.times_std), self.shift)
+        return self.moved(uniform)
+
+    def moved(self, t: Tensor) -> Tensor:
+        """Times under the shift."""
+        return t if self.shift == 1 else 1 - shifted(1 - t, self.shift)
 
     # --- intervals ------------------------------------------------------------------------------------
 

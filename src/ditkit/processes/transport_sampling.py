@@ -31,6 +31,7 @@ def sample_ode(
     points: int = 50,
     atol: float = 1e-6,
     rtol: float = 1e-3,
+    until: float | None = None,
     reverse: bool = False,
 ) -> Tensor:
     """Integrate the probability flow.
@@ -39,9 +40,10 @@ def sample_ode(
         start: standard normal noise, or data when `reverse`, (B, C, ...).
         method: a torchdiffeq solver; "dopri5" chooses its own steps, "euler", "heun3", "rk4" and the other
             fixed ones take `points - 1`.
-        points: times at which the state is returned, evenly spread over the interval.
+        points: times at which the state is returned, evenly spread over the interval, then shifted.
         atol: absolute error allowed to adaptive solvers.
         rtol: relative error allowed to adaptive solvers.
+        until: where the interval ends at the data, before the shift; None: where the transport's does.
         reverse: from data to noise.
 
     Returns:
@@ -53,6 +55,7 @@ def sample_ode(
     if points < 2:
         raise ValueError(f"points={points}: a trajectory has at least two")
     first, last = transport.ode_interval()
+    last = last if until is None else until
     if reverse:
         first, last = last, first
 
@@ -60,7 +63,7 @@ def sample_ode(
         times = t.expand(state.shape[0])
         return transport.velocity(model(state, times), state, times)
 
-    times = torch.linspace(first, last, points, device=start.device)
+    times = transport.moved(torch.linspace(first, last, points, device=start.device))
     states: Any = odeint(drift, start, times, method=method, atol=atol, rtol=rtol)
     return states
 
@@ -69,7 +72,7 @@ def sample_ode(
 def sample_heun(
     transport: Transport, model_from: Callable[[float], ModelFunction], start: Tensor, *, steps: int
 ) -> Tensor:
-    """Integrate the probability flow by Heun's method in equal steps, the last one Euler's.
+    """Integrate the probability flow by Heun's method in equal steps, then shifted, the last one Euler's.
 
     Karras et al., arXiv 2206.00364, algorithm 1, on the times of a flow. `sample_ode` corrects every step.
 
@@ -87,7 +90,7 @@ def sample_heun(
     if steps < 1:
         raise ValueError(f"steps={steps}: expected one or more")
     first, last = transport.ode_interval()
-    times = torch.linspace(first, last, steps + 1, dtype=torch.float64).tolist()
+    times = transport.moved(torch.linspace(first, last, steps + 1, dtype=torch.float64)).tolist()
     state = start
     for index, (now, then) in enumerate(itertools.pairwise(times)):
         model = model_from(now)

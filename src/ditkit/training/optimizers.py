@@ -24,6 +24,7 @@ class OwnRate:
     parameters: list[nn.Parameter]
     lr: float
     weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
 
 
 def create(
@@ -65,9 +66,10 @@ def create(
         )
         optimizers.append(muon)
     for rate in own:
-        optimizers.append(
-            torch.optim.AdamW(rate.parameters, lr=rate.lr, weight_decay=rate.weight_decay, foreach=True)
+        adamw = torch.optim.AdamW(
+            rate.parameters, lr=rate.lr, betas=rate.betas, weight_decay=rate.weight_decay, foreach=True
         )
+        optimizers.append(adamw)
     return optimizers
 
 

@@ -9,7 +9,7 @@ Dimensions: B pictures of H x W pixels, R and S rows and columns of patches, T =
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,13 @@ class Seen:
         grid: (R, S).
         attention: layer -> how much each patch attends to each patch, without the class token: rows sum to
             1, (B, h, T, T).
+        hidden: layer -> tokens of the patches behind it, (B, T, D).
     """
 
     tokens: Tensor
     grid: Grid
     attention: dict[int, Tensor] = field(default_factory=dict)
+    hidden: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Teacher(nn.Module):
@@ -91,6 +93,12 @@ class Teacher(nn.Module):
             grid: (R, S).
             layers: whose attention is wanted.
         """
+        return self.look(pictures, grid, layers)
+
+    def look(
+        self, pictures: Tensor, grid: Grid, layers: Sequence[int] = (), hidden: Sequence[int] = ()
+    ) -> Seen:
+        """The same with gradients that reach the pictures, and the tokens behind the layers `hidden`."""
         rows, columns = grid
         pixels = ((pictures + 1) / 2 - self.mean) / self.std
         size = (rows * self.patch[0], columns * self.patch[1])
@@ -101,10 +109,24 @@ class Teacher(nn.Module):
             options["interpolate_pos_encoding"] = True
         if "noise" in self._takes:  # a masked autoencoder orders its patches by it
             options["noise"] = torch.arange(rows * columns, device=pixels.device).expand(len(pixels), -1)
+        if hidden:
+            options["output_hidden_states"] = True
         given = self.network(pixel_values=pixels, output_attentions=bool(layers), **options)
         before = given.last_hidden_state.shape[1] - rows * columns  # class token and registers
         tokens = given.last_hidden_state[:, before:].float()
-        return Seen(tokens, grid, {n: among_patches(given.attentions[n - 1], before) for n in layers})
+        attention = {n: among_patches(given.attentions[n - 1], before) for n in layers}
+        return Seen(tokens, grid, attention, {n: given.hidden_states[n][:, before:].float() for n in hidden})
+
+    def drop_last_scale(self) -> bool:
+        """Take scale and bias from the norm behind the last layer; whether its tokens pass through one."""
+        kind = self.network.config.model_type
+        norm = getattr(self.network, "layernorm", None)
+        if norm is None and not kind.startswith("clip"):  # CLIP norms the class token alone
+            norm = getattr(self.network, "post_layernorm", None)
+        if norm is None:
+            return False
+        norm.weight = norm.bias = None
+        return True
 
 
 def among_patches(attention: Tensor, before: int) -> Tensor:
@@ -142,15 +164,45 @@ def load_teacher(name: str, find: Callable[[str], Path] = Path) -> Teacher:
             raise ValueError(f"teacher: {error}, and it is no repository owner/name of the hub") from error
         source = name
     config = AutoConfig.from_pretrained(source)
-    if type(config) not in MODEL_MAPPING:
-        raise ValueError(f"teacher: a {type(config).__name__} is of no vision transformer")
-    kind: Any = MODEL_MAPPING[type(config)]
-    options: dict[str, Any] = {"attn_implementation": "eager", "dtype": torch.float32}
-    if "add_pooling_layer" in inspect.signature(kind.__init__).parameters:
-        options["add_pooling_layer"] = False  # its output is not read, and not every checkpoint has it
+    kind, options = _network_class(config)
+    options |= {"attn_implementation": "eager", "dtype": torch.float32}
     network = kind.from_pretrained(source, config=config, use_safetensors=True, **options)
     facts = _preprocessing(source)
     return Teacher(network, facts.get("image_mean") or [0.5] * 3, facts.get("image_std") or [0.5] * 3)
+
+
+def fresh_network(config: Mapping[str, Any]) -> nn.Module:
+    """A vision transformer with random weights, of a configuration as `plain_config` gives it.
+
+    Raises:
+        ValueError: it is of no vision transformer of transformers.
+    """
+    settings = dict(config)
+    name = settings.pop("model_type", None)
+    try:
+        known = AutoConfig.for_model(name, **settings)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"model_type={name!r} is no vision transformer of transformers: {error}") from error
+    kind, options = _network_class(known)
+    return kind(known, **options)
+
+
+def plain_config(network: Any) -> dict[str, Any]:
+    """What `fresh_network` needs to build a vision transformer again, in plain values."""
+    chosen = network.config.to_diff_dict()
+    left_out = ("architectures", "transformers_version", "dtype", "torch_dtype")
+    settings = {key: v for key, v in chosen.items() if key not in left_out and not key.startswith("_")}
+    return {**settings, "model_type": network.config.model_type}
+
+
+def _network_class(config: Any) -> tuple[Any, dict[str, Any]]:
+    """The class of a configuration of transformers, and how it is built."""
+    if type(config) not in MODEL_MAPPING:
+        raise ValueError(f"teacher: a {type(config).__name__} is of no vision transformer")
+    kind: Any = MODEL_MAPPING[type(config)]
+    # A pooler's output is not read, and not every checkpoint has it.
+    without = "add_pooling_layer" in inspect.signature(kind.__init__).parameters
+    return kind, {"add_pooling_layer": False} if without else {}
 
 
 def _preprocessing(source: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ditkit.models.windows import from_windows
-from ditkit.seams.anatomy import Anatomy, Arguments, Stack, Unit
+from ditkit.seams.anatomy import Anatomy, Arguments, Attention, Stack, Unit
 from ditkit.seams.facts.dit import DIT
 from ditkit.seams.facts.flux import FLUX
 from ditkit.seams.facts.grids import Grid, own_grid, patched_2d
@@ -51,7 +51,29 @@ _DYFLUX = dataclasses.replace(
     unfit={"units": "each step runs other tokens through its feed-forwards, gathered into one sequence"},
 )
 
-OURS: dict[str, Anatomy] = {anatomy.name: anatomy for anatomy in (_LIT, _DYDIT, _DYFLUX)}
+_DIT_DH = Anatomy(
+    name="DiTDH",
+    text="none",
+    grid=own_grid,
+    encoder=(),
+    falling_time=False,
+    unfit={
+        "stack": "its head reads the picture again beside the backbone's tokens, so that its blocks are not "
+        "one stack to skip",
+        "tokens": "its head reads the picture again, every token of it",
+    },
+    stacks=(
+        Stack(
+            path="blocks",
+            arguments=("hidden_states", "conditioning"),
+            units=(Unit("attn", bypass=("norm1",)), Unit("mlp", bypass=("norm2",))),
+            attention=(Attention("attn", "self"),),
+            per_token={"conditioning": lambda conditioning: conditioning.shape[1] > 1},
+        ),
+    ),
+)
+
+OURS: dict[str, Anatomy] = {anatomy.name: anatomy for anatomy in (_LIT, _DYDIT, _DYFLUX, _DIT_DH)}
 
 _LEVELS = (
     "its blocks work at several resolutions, joined across by skip connections, so that none can be left out"

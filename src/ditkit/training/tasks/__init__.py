@@ -18,6 +18,9 @@ _HOMES = {
     "teacher": "ditkit.training.tasks.teacher:TeacherTask",
     "class-to-image": "ditkit.training.tasks.class_to_image:ClassToImageTask",
     "dynamic-autoencoder": "ditkit.training.tasks.dynamic_autoencoder:DynamicAutoencoderTask",
+    "representation-autoencoder": (
+        "ditkit.training.tasks.representation_autoencoder:RepresentationAutoencoderTask"
+    ),
     "grain": "ditkit.training.tasks.grain:GrainTask",
     "dynamic-content": "ditkit.training.tasks.dynamic_content:DynamicContentTask",
 }

@@ -13,7 +13,7 @@ from torch import nn
 
 from ditkit import hub
 from ditkit.data.config import Section
-from ditkit.models import model_folder
+from ditkit.models import autoencoder_class, model_folder
 from ditkit.models.dydit import dynamic
 from ditkit.training.config import ConfigError, RunConfig
 from ditkit.training.optimizers import OwnRate
@@ -128,16 +128,19 @@ class Task(nn.Module):
         raise NotImplementedError
 
     def frozen(self, cls: Any, key: str) -> Any:
-        """The model of that class that the option `key` names, a stage or a folder, not to be trained.
+        """The model that the option `key` names, a stage or a folder, not to be trained.
+
+        Args:
+            cls: its class; None: that of an autoencoder of pictures, which its folder names.
 
         Raises:
-            ConfigError: there is neither.
+            ConfigError: there is neither, or no autoencoder.
         """
         try:
             folder = self.model_folder(getattr(self.options, key))
+            return load_frozen(cls or autoencoder_class(folder), folder)
         except ValueError as error:
             raise ConfigError(f"{self.run.name}.task_options.{key}: {error}") from error
-        return load_frozen(cls, folder)
 
     def made_dynamic(self, network: Any) -> Any:
         """The network in the form that the option `dynamic` asks for.

@@ -15,18 +15,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
-from pydantic import model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from ditkit.data.latents import LatentSet, open_samples
 from ditkit.data.pictures import class_labels, grid, periods
+from ditkit.models import autoencoder_class
 from ditkit.models.building import DataShape, build
 from ditkit.models.layers import relabelled
 from ditkit.pipelines.class_conditional import ClassConditionalPipeline
 from ditkit.pipelines.denoising import is_flow, scheduler_for
 from ditkit.processes.gaussian import GaussianDiffusion
 from ditkit.processes.gaussian_sampling import trajectory
+from ditkit.processes.times import TimeDistribution, dimension_shift
 from ditkit.processes.transport import Transport
 from ditkit.processes.transport_sampling import sample_ode
 from ditkit.seams.taps import reading
@@ -44,7 +45,10 @@ class ClassToImageOptions(TaskOptions):
     linear path. `inherit_from`: an earlier stage or a model's folder. `start_from`, in place of `arch`: an
     earlier stage or a pipeline's folder, whose network, autoencoder and, where the data are of no others,
     classes it takes over; with `dynamic`, options of its routers, that network learns which of its parts to
-    run (objective `dydit`)."""
+    run (objective `dydit`).
+
+    Of a flow alone: `time_distribution` with `time_mean` and `time_std` of the logit of the share of noise,
+    and `shift` of the times towards noise (`auto`: by how many numbers a sample has; null: none)."""
 
     arch: str | None = None
     model: dict[str, Any] = {}
@@ -52,6 +56,10 @@ class ClassToImageOptions(TaskOptions):
     start_from: str | None = None
     dynamic: dict[str, Any] | None = None
     process: Literal["gaussian", "flow"] = "gaussian"
+    time_distribution: TimeDistribution = "uniform"
+    time_mean: float = 0.0
+    time_std: float = Field(default=1.0, gt=0)
+    shift: PositiveFloat | Literal["auto"] | None = None
     pixels: int | None = None
     autoencoder: str | None = None
     class_dropout: float = 0.1
@@ -84,6 +92,11 @@ class ClassToImageTask(Task):
         if options.pixels and options.autoencoder:
             raise ConfigError(f"{self.run.name}.task_options: pixels and autoencoder exclude each other")
         self.pipeline: Any = self.started(ClassConditionalPipeline)
+        if options.process == "gaussian" and (options.shift or options.time_distribution != "uniform"):
+            raise ConfigError(
+                f"{self.run.name}.task_options: time_distribution and shift are of a flow's times; set "
+                "process: flow or leave them out"
+            )
         self.pictures = open_samples(self.run.data)
         if options.pixels and isinstance(self.pictures, LatentSet):
             raise ConfigError(f"{self.run.name}.task_options.pixels: the data are latents, not pixels")
@@ -92,7 +105,7 @@ class ClassToImageTask(Task):
         self.register_buffer("samples", self._encode(self.pictures), persistent=False)  # (N, C, H, W)
         self.register_buffer("labels", labels, persistent=False)  # (N,)
         self.model: Any = self._build()
-        self.process = Transport() if options.process == "flow" else self._gaussian()
+        self.process = self._flow() if options.process == "flow" else self._gaussian()
         self.objectives = self._objectives()
 
     @property
@@ -153,6 +166,16 @@ class ClassToImageTask(Task):
             )
         return model
 
+    def _flow(self) -> Transport:
+        options = self.options
+        shift = dimension_shift(self.samples[0].numel()) if options.shift == "auto" else options.shift or 1.0
+        return Transport(
+            times=options.time_distribution,
+            times_mean=options.time_mean,
+            times_std=options.time_std,
+            shift=shift,
+        )
+
     def _gaussian(self, respacing: str = "") -> GaussianDiffusion:
         learned = self.model.predicted_channels > self.model.in_channels
         variance = "learned_range" if learned else "fixed_small"
@@ -182,11 +205,11 @@ class ClassToImageTask(Task):
                 raise ConfigError(
                     f"{self.run.name}.task_options.autoencoder: cached latents bring their own; leave it out"
                 )
-            return load_frozen(AutoencoderKL, self.pictures.autoencoder)
+            return load_frozen(autoencoder_class(self.pictures.autoencoder), self.pictures.autoencoder)
         if self.pipeline is not None and self.options.autoencoder is None:
             vae = self.pipeline.vae
             return None if vae is None else vae.requires_grad_(False).eval()
-        return None if self.options.autoencoder is None else self.frozen(AutoencoderKL, "autoencoder")
+        return None if self.options.autoencoder is None else self.frozen(None, "autoencoder")
 
     def _encode(self, pictures: Any) -> torch.Tensor:
         return network_samples(pictures, self.autoencoder, self.options.pixels)
@@ -241,9 +264,11 @@ class ClassToImageTask(Task):
         dropped = (noise.uniform() < self.options.class_dropout).long()  # (B,)
         if self.model.y_embedder.dropout <= 0:
             dropped = None
-        process, times = self.process, uniform
+        process = self.process
         if isinstance(process, GaussianDiffusion):
             times = (uniform * process.num_steps).long()
+        else:
+            times = process.draw_times(uniform)
         seen: list[Any] = []
 
         def network(state: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -326,7 +351,8 @@ class ClassToImageTask(Task):
 
     def export(self, folder: Path) -> None:
         learned = self.model.predicted_channels > self.model.in_channels
-        scheduler = scheduler_for(self.options.process, learned, clip=self.autoencoder is None)
+        shift = self.process.shift if isinstance(self.process, Transport) else 1.0
+        scheduler = scheduler_for(self.options.process, learned, self.autoencoder is None, shift)
         names = self.classes if len(self.classes) == self.model.y_embedder.num_classes else None
         pipe = ClassConditionalPipeline(self.model, scheduler, self.autoencoder, names)
         pipe.save_pretrained(folder)

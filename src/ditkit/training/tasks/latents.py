@@ -17,8 +17,8 @@ from ditkit.data.latents import LatentSet
 @torch.no_grad()
 def encode_pictures(autoencoder: Any, images: torch.Tensor) -> torch.Tensor:
     """Pictures (B, 3, H', W') in [-1, 1] -> latents (B, C, H, W), scaled as the config says."""
-    config = autoencoder.config
-    latents = autoencoder.encode(images).latent_dist.mean
+    config, encoded = autoencoder.config, autoencoder.encode(images)
+    latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mean
     return (latents - (config.shift_factor or 0.0)) * config.scaling_factor
 
 
