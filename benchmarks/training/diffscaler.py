@@ -4,8 +4,8 @@ nothing is forgotten.
 A small DiT of velocities learns the emoji at 16 x 16 pixels and goes on to Fashion-MNIST's pictures at that
 size: all of it (full), DiffScaler, LoRA and TD-LoRA of as many parameters, and DiffScaler's scales and shifts
 alone. Each learns a table of the ten classes, begun at the null class. Every way has the best of the same
-three learning rates on the first seed; DiffScaler's vectors have ten times the rate, as its defaults do, or the
-same. The held-out error is averaged over fixed noises; a claim holds where every seed agrees.
+three learning rates on the first seed; DiffScaler's vectors have ten times the rate, as its defaults do, or
+the same. The held-out error is averaged over fixed noises; a claim holds where every seed agrees.
 
     python -m benchmarks.training.diffscaler FOLDER  # has fashion900.npz: images (N, 28, 28), labels (N,)
 """
@@ -153,8 +153,7 @@ def claims(runs: list[dict[str, Any]], unchanged: bool) -> list[record.Claim]:
     pairs = [
         ("diffscaler", "full fine-tuning is the floor of its held-out error", "full", "diffscaler", paper),
         ("diffscaler", "DiffScaler is no worse than LoRA of as many parameters", "diffscaler", "lora", paper),
-        ("diffscaler", "with its vectors at the path's rate, DiffScaler is no worse than LoRA", ONE_RATE, "lora",
-         paper),
+        ("diffscaler", "with vectors at the path's rate, it is no worse than LoRA", ONE_RATE, "lora", paper),
         ("diffscaler", "LoRA is better than scales and shifts alone", "lora", "scale and shift", paper),
         ("diffscaler", "DiffScaler is better than scales and shifts alone", "diffscaler", "scale and shift",
          paper),
