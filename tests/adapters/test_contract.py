@@ -13,10 +13,13 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import tiny_pipelines
+from architectures import CASES, inputs
 from ditkit import registry
 from ditkit.adapters import store
 from ditkit.adapters.batch import per_sample
 from ditkit.models.dit import SiT
+from ditkit.seams.apply import apply
 from tiny_models import TINY, output
 
 KINDS = list(registry.entries("adapter"))
@@ -39,8 +42,8 @@ def network(family: str) -> tuple[nn.Module, Callable[[], Tensor]]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    inputs = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7]), torch.tensor([1, 3])
-    return model, lambda: model(*inputs).sample.detach()
+    arguments = torch.randn(2, 4, 8, 8), torch.tensor([0.2, 0.7]), torch.tensor([1, 3])
+    return model, lambda: model(*arguments).sample.detach()
 
 
 def digest(model: nn.Module) -> str:
@@ -93,6 +96,62 @@ def test_from_the_start_to_its_removal(kind: str, family: str, tmp_path: Path) -
 
     assert store.load(model, tmp_path / "first") == "first"
     assert torch.equal(answer(), first)
+
+
+REFUSED = {
+    ("td-lora", "dimr"): "DiMR has no TimestepEmbedder",
+    ("td-lora", "pt-dit"): "for a batch of 8; one time for each sample",  # its windows are rows
+}
+
+
+@pytest.mark.parametrize("architecture", CASES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_every_architecture_of_ours(kind: str, architecture: str) -> None:
+    model = CASES[architecture].model()
+    arguments = inputs(model)
+
+    def answer() -> Tensor:
+        with torch.no_grad():
+            return output(model(*arguments))
+
+    before, weights = answer(), digest(model)
+    if (kind, architecture) in REFUSED:
+        with pytest.raises((ValueError, RuntimeError), match=REFUSED[kind, architecture]):
+            store.add(model, adapter(kind))
+            answer()
+    else:
+        store.add(model, adapter(kind))
+        assert torch.equal(answer(), before)
+        move(model, 1)
+        assert not torch.allclose(answer(), before)
+    store.remove(model)
+    assert torch.equal(answer(), before) and digest(model) == weights
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_failure_halfway_leaves_no_trace(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, answer = network("SiT")
+    before, keys = answer(), set(model.state_dict())
+    config = type(adapter(kind)).config
+
+    def with_a_norm(self: Any, layers: list[str], saved: tuple[str, ...]) -> Any:
+        return config(self, [*layers, "blocks.1.norm2"], saved)
+
+    monkeypatch.setattr(type(adapter(kind)), "config", with_a_norm)
+    with pytest.raises(ValueError, match="LayerNorm"):
+        store.add(model, adapter(kind))
+    assert set(model.state_dict()) == keys and store.names(model) == []
+    assert torch.equal(answer(), before)
+    monkeypatch.undo()
+    store.add(model, adapter(kind), "kept")
+    move(model, 1)
+    changed = answer()
+    monkeypatch.setattr(type(adapter(kind)), "config", with_a_norm)
+    with pytest.raises(ValueError, match="LayerNorm"):
+        store.add(model, adapter(kind), "lost")
+    assert store.names(model) == ["kept"]
+    store.use(model, "kept")
+    assert torch.equal(answer(), changed)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -190,3 +249,71 @@ def test_refuses_what_does_not_fit(kind: str, tmp_path: Path) -> None:
     assert torch.equal(answer(), before)
     with pytest.raises(ValueError, match="no layer 'query'; linear maps are called"):
         store.add(model, adapter(kind), layers=["query"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_half_precision(kind: str, tmp_path: Path) -> None:
+    """Rounding costs an adapted model no more than twice what it costs the model alone."""
+    model, answer = network("FluxTransformer2DModel")
+    plain = answer()
+    store.add(model, adapter(kind), "a")
+    move(model, 1)
+    whole = answer()
+    store.save(model, tmp_path, "a")
+    half, _ = network("FluxTransformer2DModel")
+    half = half.to(torch.bfloat16)
+    arguments = {
+        name: value.bfloat16() if torch.is_tensor(value) else value
+        for name, value in TINY["FluxTransformer2DModel"].inputs(batch=2).items()
+    }
+    rounding = (output(half(**arguments)).float() - plain).norm()
+    store.load(half, tmp_path, "a")
+    after = output(half(**arguments))
+    assert after.dtype == torch.bfloat16
+    error, effect = (after.float() - whole).norm(), (whole - plain).norm()
+    assert error < 2 * rounding and error < effect / 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_under_checkpointing(kind: str) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model: Any
+        model, _ = network("SiT")
+        torch.manual_seed(1)
+        store.add(model, adapter(kind))
+        move(model, 1)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+        model(latents, torch.tensor([0.1, 0.9]), torch.tensor([0, 1])).sample.square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    plain, recomputed = gradients
+    assert plain and plain.keys() == recomputed.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(recomputed[name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("method", ["taylorseer", "local-window", "ras"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_beside_methods(kind: str, method: str) -> None:
+    """A method that changes nothing changes nothing on an adapted model, and leaves the adapter there."""
+    pipe = tiny_pipelines.flux()
+    pipe.set_progress_bar_config(disable=True)
+
+    def drawn() -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        settings = {"height": 16, "width": 16, "num_inference_steps": 3, "max_sequence_length": 8}
+        return pipe("red apple", generator=generator, output_type="latent", **settings).images
+
+    before = drawn()
+    store.add(pipe, adapter(kind), "a")
+    move(pipe.transformer, 1)
+    changed = drawn()
+    assert not torch.allclose(changed, before)
+    neutral = registry.get("method", method).neutral
+    with apply(pipe, registry.construct("method", method, neutral)):
+        torch.testing.assert_close(drawn(), changed, rtol=1e-4, atol=1e-4)
+    assert torch.equal(drawn(), changed)
+    store.remove(pipe)
+    assert torch.equal(drawn(), before)

@@ -13,9 +13,11 @@ class Adapter:
 
     Attributes:
         learning_rate: what `ditkit adapt` trains with where nothing else is asked for.
+        convolutions: whether it adapts full convolutions too, or linear maps alone.
     """
 
     learning_rate: ClassVar[float] = 1e-4
+    convolutions: ClassVar[bool] = True
 
     def config(self, layers: Sequence[str], saved: Sequence[str] = ()) -> PeftConfig:
         """peft's configuration.

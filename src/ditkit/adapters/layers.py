@@ -16,12 +16,14 @@ _OTHER_TIMES = ("guidance", "resolution", "aspect", "size", "frame", "fps")
 _ROUTERS = {"f_gate", "gate", "router"}  # they choose experts: moved, they would be another model
 
 
-def adaptable(module: nn.Module) -> bool:
-    """Whether it is a linear map or a full convolution."""
-    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+def adaptable(module: nn.Module, convolutions: bool = True) -> bool:
+    """Whether it is a linear map or, if these are asked for, a full convolution."""
+    return isinstance(module, nn.Linear) or (
+        convolutions and isinstance(module, nn.Conv2d) and module.groups == 1
+    )
 
 
-def block_layers(model: nn.Module) -> list[str]:
+def block_layers(model: nn.Module, convolutions: bool = True) -> list[str]:
     """The linear maps and full convolutions of every block: attention's projections, those of the MLP and the
     modulation, but no embedders of time and no routers.
 
@@ -31,14 +33,16 @@ def block_layers(model: nn.Module) -> list[str]:
     blocks = _block_lists(model)
     times = tuple(f"{name}." for name in _time_embedders(model)) or ("\0",)
     inside = {name: part for name, part in _modules(model).items() if name.startswith(blocks)}
-    found = [name for name, part in inside.items() if adaptable(part) and not name.startswith(times)]
+    found = [
+        name for name, part in inside.items() if adaptable(part, convolutions) and not name.startswith(times)
+    ]
     found = [name for name in found if not _ROUTERS & set(name.split("."))]
     if not found:
         raise ValueError(f"{type(model).__name__} has no blocks with linear maps: name the layers to adapt")
     return found
 
 
-def named_layers(model: nn.Module, endings: Sequence[str]) -> list[str]:
+def named_layers(model: nn.Module, endings: Sequence[str], convolutions: bool = True) -> list[str]:
     """The layers with one of these names, or whose names end in one: "qkv", "norm1.linear".
 
     Raises:
@@ -51,9 +55,10 @@ def named_layers(model: nn.Module, endings: Sequence[str]) -> list[str]:
         if not matched:
             linear = sorted({name.rpartition(".")[2] for name, module in every.items() if adaptable(module)})
             raise ValueError(f"layers: no layer {ending!r}; linear maps are called {', '.join(linear)}")
-        if wrong := next((name for name in matched if not adaptable(every[name])), None):
+        if wrong := next((name for name in matched if not adaptable(every[name], convolutions)), None):
             kind = type(every[wrong]).__name__
-            raise ValueError(f"layers: {wrong} is a {kind}, not a linear map or a full convolution")
+            fit = "a linear map or a full convolution" if convolutions else "a linear map"
+            raise ValueError(f"layers: {wrong} is a {kind}, not {fit}")
         found += matched
     return list(dict.fromkeys(found))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import LoraConfig, PeftConfig
 
@@ -36,6 +36,8 @@ class LoRA(Adapter):
     Raises:
         ValueError: a rank below 1.
     """
+
+    convolutions: ClassVar[bool] = False  # peft builds them by the constructor of the layer's own class
 
     rank: int = 16
     alpha: float | None = None

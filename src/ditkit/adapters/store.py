@@ -82,7 +82,8 @@ def add(
         ValueError: layers that are not there, or classes on a model that has none.
     """
     module = network(model)
-    chosen = block_layers(module) if layers is None else named_layers(module, layers)
+    both = adapter.convolutions
+    chosen = block_layers(module, both) if layers is None else named_layers(module, layers, both)
     if classes is not None and not isinstance(
         getattr(module, CLASSES, None), LabelDropout | ModulesToSaveWrapper
     ):
@@ -220,19 +221,21 @@ def remove(model: Any, name: str | None = None) -> None:
     if name is not None:
         _check_known(module, [name])
     gone = names(module) if name is None else [name]
-    left = [other for other in names(module) if other not in gone]
+    for one in gone:
+        _take_off(module, one, last=not set(names(module)) - {one})
+
+
+def _take_off(module: Any, name: str, last: bool) -> None:
+    """Delete an adapter, one too that is on some of the layers only."""
     for part in module.modules():
         if isinstance(part, BaseTunerLayer):
-            for one in gone:
-                part._active_adapter = [other for other in part.active_adapters if other != one]
-                part.delete_adapter(one)
+            part._active_adapter = [other for other in part.active_adapters if other != name]
+            part.delete_adapter(name)
         elif isinstance(part, AuxiliaryTrainingWrapper):
-            for one in gone:
-                part.delete_adapter(one, new_active_adapters=[])
-    for one in gone:
-        module.peft_config.pop(one, None)
-        module.__dict__.get("adapter_facts", {}).pop(one, None)
-    if not left:
+            part.delete_adapter(name, new_active_adapters=[])
+    for kept in ("peft_config", "adapter_facts"):
+        getattr(module, kept, {}).pop(name, None)
+    if last:
         _unwrap(module)
 
 
@@ -250,9 +253,13 @@ def _inject(module: Any, config: Any, name: str, classes: Sequence[str] | None) 
         )
     if not present:
         _trainable[module] = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-        inject_adapter_in_model(config, module, name)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            inject_adapter_in_model(config, module, name)
+    except Exception:
+        _take_off(module, name, last=not present)
+        raise
     if hasattr(module, "_hf_peft_config_loaded"):
         module._hf_peft_config_loaded = True  # so that diffusers' own set_adapters and the like work too
     if classes is not None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
@@ -56,8 +56,6 @@ class TDLoRALayer(DeltaLayer):
 
     def make(self, name: str, config: Any) -> None:
         layer: Any = self.get_base_layer()
-        if not isinstance(layer, nn.Linear):
-            raise ValueError(f"td-lora adapts linear maps, not a {type(layer).__name__}")
         first = nn.Linear(layer.in_features, config.r, bias=False)
         nn.init.kaiming_uniform_(first.weight, a=math.sqrt(5))
         self.td_lora_A[name] = first
@@ -125,6 +123,8 @@ class TDLoRA(Adapter):
     Raises:
         ValueError: a rank or number of matrices below 1.
     """
+
+    convolutions: ClassVar[bool] = False
 
     rank: int = 16
     alpha: float | None = None
