@@ -47,6 +47,12 @@ def test_overrides(training_file):
     )
 
 
+def test_no_without_quotes_is_a_precision(training_file):
+    assert load(training_file(), ["precision=no"]).stages[0].precision == "no"
+    with pytest.raises(ConfigError, match="precision"):
+        load(training_file(), ["precision=yes"])
+
+
 @pytest.mark.parametrize("override", ["steps", "=3", "tiny=3"])
 def test_bad_overrides(training_file, override):
     with pytest.raises(ConfigError):

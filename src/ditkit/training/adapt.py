@@ -44,10 +44,10 @@ class Adapted(Task):
             raise ConfigError(f"{self.run.name}.adapter: name the pipeline to adapt, task_options.start_from")
         try:
             self.adapter = registry.construct("adapter", section.kind, section.options)
-            store.add(task.network, self.adapter, layers=section.layers, classes=task.new_classes)
+            store.add(task.adaptable, self.adapter, layers=section.layers, classes=task.new_classes)
         except (ValueError, KeyError) as error:
             raise ConfigError(f"{self.run.name}.adapter: {error}") from error
-        wanted = {id(parameter) for parameter in task.network.parameters() if parameter.requires_grad}
+        wanted = {id(parameter) for parameter in task.adaptable.parameters() if parameter.requires_grad}
         for name, parameter in task.named_parameters():
             if id(parameter) not in wanted and not name.startswith("objectives."):
                 parameter.requires_grad_(False)
@@ -67,8 +67,8 @@ class Adapted(Task):
         return self
 
     @property
-    def network(self) -> nn.Module:
-        return self.task.network
+    def adaptable(self) -> nn.Module:
+        return self.task.adaptable
 
     @property
     def sample_count(self) -> int:
@@ -82,7 +82,7 @@ class Adapted(Task):
 
     def own_rates(self) -> list[OwnRate]:
         groups: dict[float, list[nn.Parameter]] = {}
-        for name, parameter in self.network.named_parameters():
+        for name, parameter in self.adaptable.named_parameters():
             for part, rate in self.adapter.rates().items():
                 if parameter.requires_grad and f".{part}." in name:
                     groups.setdefault(rate, []).append(parameter)
@@ -96,7 +96,7 @@ class Adapted(Task):
         return self.task.draw()
 
     def export(self, folder: Path) -> None:
-        store.save(self.network, folder)
+        store.save(self.adaptable, folder)
 
 
 def adapt(run: RunConfig, out: Path, resume: bool = False) -> Path:

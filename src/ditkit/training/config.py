@@ -143,6 +143,11 @@ class RunConfig(Section):
         objectives.read_options(chosen)
         return chosen
 
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no_of_yaml(cls, chosen: Any) -> Any:
+        return "no" if chosen is False else chosen  # YAML reads an unquoted `no` as false
+
     @field_validator("compile", mode="before")
     @classmethod
     def _yes_or_no(cls, chosen: Any) -> Any:

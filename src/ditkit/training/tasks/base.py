@@ -81,7 +81,7 @@ class Task(nn.Module):
         return folder
 
     @property
-    def network(self) -> nn.Module:
+    def adaptable(self) -> nn.Module:
         """What an adapter can be put on.
 
         Raises:

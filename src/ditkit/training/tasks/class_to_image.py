@@ -109,7 +109,7 @@ class ClassToImageTask(Task):
         self.objectives = self._objectives()
 
     @property
-    def network(self) -> Any:
+    def adaptable(self) -> Any:
         return self.model
 
     def _known_classes(self) -> list[str] | None:

@@ -109,7 +109,7 @@ class TextToImageTask(FlowMatchingTask):
             )
 
     @property
-    def network(self) -> Any:
+    def adaptable(self) -> Any:
         return self.transformer
 
     def _downscale(self) -> int:
