@@ -99,6 +99,7 @@ def test_from_the_start_to_its_removal(kind: str, family: str, tmp_path: Path) -
 
 
 REFUSED = {
+    **{(kind, "dydit"): "runs parts of its layers" for kind in KINDS},
     ("td-lora", "dimr"): "DiMR has no TimestepEmbedder",
     ("td-lora", "pt-dit"): "for a batch of 8; one time for each sample",  # its windows are rows
 }

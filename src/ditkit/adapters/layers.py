@@ -10,7 +10,7 @@ from torch import nn
 from ditkit.seams.anatomy import describe
 from ditkit.seams.errors import UnsupportedModelError
 
-TIME_EMBEDDERS = ("TimestepEmbedder", "TimestepEmbedding")
+TIME_EMBEDDERS = ("TimestepEmbedder", "TimestepEmbedding", "FourierEmbedder")
 """Classes, ours and diffusers', that turn features of a time into an embedding (B, D)."""
 _OTHER_TIMES = ("guidance", "resolution", "aspect", "size", "frame", "fps")
 _ROUTERS = {"f_gate", "gate", "router"}  # they choose experts: moved, they would be another model

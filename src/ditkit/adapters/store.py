@@ -78,7 +78,8 @@ def add(
         classes: names of the classes of new data: the adapter gets a table of them, each as the null class.
 
     Raises:
-        AdapterError: the name is taken, or another kind of adapter is on the model.
+        AdapterError: the name is taken, another kind of adapter is on the model, or it chooses parts of its
+            layers.
         ValueError: layers that are not there, or classes on a model that has none.
     """
     module = network(model)
@@ -240,6 +241,11 @@ def _take_off(module: Any, name: str, last: bool) -> None:
 
 
 def _inject(module: Any, config: Any, name: str, classes: Sequence[str] | None) -> None:
+    if hasattr(module, "choosing"):
+        raise AdapterError(
+            f"a {type(module).__name__} runs parts of its layers, chosen anew at each step, which an adapter "
+            "would not be part of: adapt the model that it was made of"
+        )
     present = getattr(module, "peft_config", {})
     if name in present:
         raise AdapterError(f"an adapter {name!r} is on the model already: {', '.join(present)}")

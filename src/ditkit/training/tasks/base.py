@@ -99,9 +99,11 @@ class Task(nn.Module):
         return None
 
     def train(self, mode: bool = True) -> Task:
-        """What is not trained stays as it is in use, without dropout."""
+        """What is not trained stays as it is in use, without dropout; objectives see to their own parts."""
         super().train(mode)
-        for part in self.children():
+        for name, part in self.named_children():
+            if name == "objectives":
+                continue
             parameters = list(part.parameters())
             if parameters and not any(parameter.requires_grad for parameter in parameters):
                 part.eval()
