@@ -27,12 +27,12 @@ from ditkit.data.emoji import EmojiDataset
 from ditkit.models.dit import SiT
 from ditkit.models.dit_dh import DiTDH
 from ditkit.models.rae import RepresentationAutoencoder
+from ditkit.models.teachers import Teacher
 from ditkit.processes import Transport
 from ditkit.processes.times import dimension_shift
 from ditkit.processes.transport_sampling import sample_ode
 from ditkit.training.tasks.representation_autoencoder import noise_levels
 from ditkit.training.tasks.teacher import moved, words_of
-from ditkit.training.teachers import Teacher
 
 PAPER = "arXiv 2510.11690"
 CHANNELS, SIDE = 64, 4  # of the latents: 16 tokens

@@ -17,9 +17,9 @@ from ditkit.data.latent_cache import cache_latents
 from ditkit.data.latents import LatentSet
 from ditkit.data.pictures import open_pictures
 from ditkit.models.rae import RepresentationAutoencoder
+from ditkit.models.teachers import load_teacher
 from ditkit.training.tasks.latents import decode_pictures, encode_pictures
-from ditkit.training.teachers import load_teacher
-from training.test_teachers import NETWORKS
+from models.test_teachers import NETWORKS
 
 SIZES = {
     "patch_size": 4, "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1,

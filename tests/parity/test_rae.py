@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from ditkit import models
 from ditkit.models.guidance import guide
 from ditkit.models.rae import EPS, RepresentationAutoencoder, authors_decoder
+from ditkit.models.teachers import Teacher
 from ditkit.processes.times import MOST_NOISE, dimension_shift, logit_normal
 from ditkit.processes.transport import Transport
 from ditkit.processes.transport_sampling import sample_ode
 from ditkit.training.tasks.representation_autoencoder import noise_levels
-from ditkit.training.teachers import Teacher
 from golden import cases, compare, load, part, read, record
 
 SYSTEM = "rae"

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from ditkit.models.teachers import Teacher
 from ditkit.processes.transport import Transport
 from ditkit.seams.taps import hidden_after
 from ditkit.training.config import ConfigError, load
 from ditkit.training.objectives import Setting, create
 from ditkit.training.order import BatchNoise
 from ditkit.training.tasks import find
-from ditkit.training.teachers import Teacher
 from ditkit.training.trainer import Trainer
 from training_recipes import OBJECTIVES, open_task, options
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import ditkit
 from ditkit.data.pictures import open_pictures
 from ditkit.models.rae import EPS, RepresentationAutoencoder
+from ditkit.models.teachers import load_teacher
 from ditkit.processes.times import dimension_shift
 from ditkit.training.adversary import (
     Discriminator,
@@ -26,7 +27,6 @@ from ditkit.training.config import ConfigError, load
 from ditkit.training.lpips import STAGES, load_lpips
 from ditkit.training.tasks import find
 from ditkit.training.tasks.representation_autoencoder import measure, noise_levels
-from ditkit.training.teachers import load_teacher
 from ditkit.training.trainer import train
 from training_recipes import interrupted, open_task, records
 

@@ -9,9 +9,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from ditkit.models.teachers import load_teacher
 from ditkit.training.config import ConfigError
 from ditkit.training.tasks.teacher import moved, words_of
-from ditkit.training.teachers import load_teacher
 from ditkit.training.trainer import train
 from training_recipes import interrupted, open_task, options, records
 

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from ditkit.models.base import chosen
 from ditkit.models.layers import sincos_table
+from ditkit.models.teachers import Teacher, fresh_network, plain_config
 from ditkit.registry import Paper, register
-from ditkit.training.teachers import Teacher, fresh_network, plain_config
 
 DINOV2 = {"model_type": "dinov2_with_registers", "patch_size": 14, "image_size": 518}
 """DINOv2-B with registers: 768 channels, which the paper uses."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.parametrize import register_parametrization
 
-from ditkit.training.teachers import Teacher
+from ditkit.models.teachers import Teacher
 
 Grid = tuple[int, int]
 

@@ -22,10 +22,10 @@ from ditkit.analysis.inception import Inception, inception_score
 from ditkit.analysis.quality import Yardstick, features, frechet_distance
 from ditkit.data.latents import LatentSet
 from ditkit.data.pictures import class_labels, open_pictures
+from ditkit.models.teachers import Teacher, load_teacher
 from ditkit.training.config import ConfigError, EvaluationConfig
 from ditkit.training.order import mix
 from ditkit.training.tasks import Task
-from ditkit.training.teachers import Teacher, load_teacher
 
 BATCH = 128
 

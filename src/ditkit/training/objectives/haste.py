@@ -22,6 +22,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ditkit.data.config import Section
+from ditkit.models.teachers import Seen, load_teacher, resize
 from ditkit.registry import Paper, register
 from ditkit.seams.taps import Reading
 from ditkit.training.objectives.base import (
@@ -33,7 +34,6 @@ from ditkit.training.objectives.base import (
     width_behind,
     without_autocast,
 )
-from ditkit.training.teachers import Seen, load_teacher, resize
 
 
 def projector(width: int, hidden: int, teacher_width: int) -> nn.Sequential:

@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 from ditkit.data.config import Section
 from ditkit.models.rae import RepresentationAutoencoder
+from ditkit.models.teachers import Teacher, load_teacher
 from ditkit.training.adversary import (
     Discriminator,
     adaptive_weight,
@@ -44,7 +45,6 @@ from ditkit.training.optimizers import OwnRate
 from ditkit.training.order import BatchNoise
 from ditkit.training.tasks.autoencoder import AutoencoderTask
 from ditkit.training.tasks.base import TaskOptions
-from ditkit.training.teachers import Teacher, load_teacher
 
 NoiseLevels = Literal["uniform", "half-normal"]
 

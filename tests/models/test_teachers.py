@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 from torch import Tensor
 
-from ditkit.training.teachers import Teacher, among_patches, load_teacher, resize
+from ditkit.models.teachers import Teacher, among_patches, load_teacher, resize
 
 SMALL: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
