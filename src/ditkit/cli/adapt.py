@@ -7,7 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from ditkit.cli.common import UsageError, data_section, guarded, listed, notices, pair, writable_folder
+from ditkit.cli.common import (
+    UsageError,
+    data_section,
+    guarded,
+    listed,
+    notices,
+    pair,
+    run_config,
+    writable_folder,
+)
 from ditkit.cli.generate import Model, load
 
 
@@ -62,22 +71,13 @@ def adapt(
         raise UsageError(f"--lr {lr}: a learning rate is above 0")
     writable_folder(out)
     section = data_section(data)
-    from pydantic import ValidationError
-
-    from ditkit.training import config
     from ditkit.training.adapt import adapt as train
     from ditkit.training.adapt import run_for
+    from ditkit.training.config import AdapterConfig
 
-    adapter = config.AdapterConfig(kind=registry.get("adapter", method).name, options=values, layers=layers)
+    adapter = AdapterConfig(kind=registry.get("adapter", method).name, options=values, layers=layers)
     settings: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "seed": seed}
     settings |= {} if lr is None else {"optimizer": {"lr": lr}}
     raw = run_for(model, load(model), adapter, section, settings)
-    for text in overrides or ():
-        key, value = pair(text, "override")
-        config.assign(raw, key.split("."), value, text)
-    try:
-        run = config.RunConfig.model_validate(raw)
-    except ValidationError as error:
-        raise UsageError(config.explain(error)) from None
-    listed([train(run, out, resume)])
+    listed([train(run_config(raw, overrides), out, resume)])
     notices.print(f"use it: ditkit generate ... --model {model} --adapter {out}", highlight=False)

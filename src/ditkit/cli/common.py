@@ -190,3 +190,22 @@ def data_section(text: str) -> dict[str, Any]:
     from ditkit.data.latents import MANIFEST
 
     return {"kind": "latents" if (path / MANIFEST).is_file() else "folder", "path": str(path)}
+
+
+def run_config(raw: dict[str, Any], overrides: list[str] | None) -> Any:
+    """The settings of a run, a `RunConfig`, with `key=value` of the command line in their places.
+
+    Raises:
+        UsageError: names each bad key and what was seen.
+    """
+    from pydantic import ValidationError
+
+    from ditkit.training import config
+
+    for text in overrides or ():
+        key, value = pair(text, "override")
+        config.assign(raw, key.split("."), value, text)
+    try:
+        return config.RunConfig.model_validate(raw)
+    except ValidationError as error:
+        raise UsageError(config.explain(error)) from None

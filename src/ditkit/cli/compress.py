@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ditkit.cli.common import UsageError, data_section, guarded, listed, notices, pair, writable_folder
+from ditkit.cli.common import UsageError, data_section, guarded, listed, notices, run_config, writable_folder
 from ditkit.cli.generate import Model, load
 
 
@@ -48,22 +48,12 @@ def compress(
         raise UsageError(f"--lr {lr}: a learning rate is above 0")
     writable_folder(out)
     section = data_section(data)
-    from pydantic import ValidationError
-
     from ditkit.training import compress as library
-    from ditkit.training import config
 
     settings: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "seed": seed}
     settings |= {} if lr is None else {"optimizer": {"lr": lr}}
     raw = library.run_for(model, load(model), method, flops, section, settings)
-    for text in overrides or ():
-        key, value = pair(text, "override")
-        config.assign(raw, key.split("."), value, text)
-    try:
-        run = config.RunConfig.model_validate(raw)
-    except ValidationError as error:
-        raise UsageError(config.explain(error)) from None
-    listed([library.compress(run, out, resume)])
+    listed([library.compress(run_config(raw, overrides), out, resume)])
     _report(out)
 
 

@@ -21,7 +21,7 @@ from ditkit import registry
 from ditkit.adapters import store
 from ditkit.files import whole_file
 from ditkit.training.config import AdapterConfig, ConfigError, RunConfig
-from ditkit.training.continuing import RUN, run_on
+from ditkit.training.continuing import run_on, train_into
 from ditkit.training.optimizers import OwnRate
 from ditkit.training.order import BatchNoise
 from ditkit.training.tasks.base import Task
@@ -108,20 +108,10 @@ def adapt(run: RunConfig, out: Path, resume: bool = False) -> Path:
         resume: go on after a stop.
 
     Raises:
-        FileExistsError: there is a run already, and `resume` is False.
-        ConfigError: a setting that does not fit the pipeline or the data.
-        TrainingError: the loss is not finite.
+        FileExistsError, ConfigError, TrainingError: see `train_into`.
     """
-    from ditkit.training.trainer import run_stage
-
-    folder = out / RUN
-    if not resume and (folder.exists() or (out / store.CONFIG_NAME).exists()):
-        raise FileExistsError(
-            f"{out} holds an adapter or its run already: pass --resume or choose another --out"
-        )
-    if not (folder / "export").is_dir():
-        run_stage(run, folder, {})
-    for file in sorted((folder / "export").iterdir()):
+    exported = train_into(run, out, store.CONFIG_NAME, resume)
+    for file in sorted(exported.iterdir()):
         with whole_file(out / file.name) as part:
             shutil.copyfile(file, part)
     return out

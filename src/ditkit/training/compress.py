@@ -12,7 +12,7 @@ from ditkit.analysis.meter import count
 from ditkit.analysis.sampling import Sampling, sample
 from ditkit.models.dynamic import choosing
 from ditkit.training.config import ConfigError, RunConfig
-from ditkit.training.continuing import RUN, run_on
+from ditkit.training.continuing import run_on, train_into
 
 METHODS = ("dydit",)
 
@@ -69,25 +69,15 @@ def compress(run: RunConfig, out: Path, resume: bool = False) -> Path:
         resume: go on after a stop.
 
     Raises:
-        FileExistsError: there is a run already, and `resume` is False.
-        ConfigError: a setting that does not fit the pipeline or the data.
-        TrainingError: the loss is not finite.
+        FileExistsError, ConfigError, TrainingError: see `train_into`.
     """
-    from ditkit.training.trainer import run_stage
-
-    folder, last = out / RUN, out / "model_index.json"
-    if not resume and (folder.exists() or last.exists()):
-        raise FileExistsError(
-            f"{out} holds a pipeline or its run already: pass --resume or choose another --out"
-        )
-    if last.is_file():
+    last = "model_index.json"
+    if resume and (out / last).is_file():
         return out
-    if not (folder / "export").is_dir():
-        run_stage(run, folder, {})
-    parts = sorted((folder / "export").iterdir(), key=lambda part: part.name == last.name)
-    for part in parts:  # the index last: without it there is no pipeline
-        part.rename(out / part.name)
-    (folder / "export").rmdir()
+    exported = train_into(run, out, last, resume)
+    for part in sorted(exported.iterdir(), key=lambda part: part.name == last):
+        part.rename(out / part.name)  # the index last: without it there is no pipeline
+    exported.rmdir()
     return out
 
 

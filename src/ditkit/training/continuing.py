@@ -1,8 +1,9 @@
-"""Runs that go on from a pipeline: which task trains it, with what settings."""
+"""Runs that go on from a pipeline: which task trains it, with what settings, and where."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from ditkit.data.config import DataConfig
 from ditkit.data.pictures import open_pictures
 from ditkit.pipelines.denoising import is_flow
-from ditkit.training.config import ConfigError
+from ditkit.training.config import ConfigError, RunConfig
 
 RUN = "run"  # where checkpoints and curves are, inside the folder of what comes of it
 
@@ -50,6 +51,32 @@ def run_on(
     except (FileNotFoundError, ValueError):
         pass  # so few pictures that none is held out, or cached latents
     return run
+
+
+def train_into(run: RunConfig, out: Path, last: str, resume: bool) -> Path:
+    """Train under `out/run`, or go on there; the folder of what was exported.
+
+    Args:
+        run: see `run_on`.
+        out: for what comes of it.
+        last: the file in `out` that says that something came of it.
+        resume: go on after a stop.
+
+    Raises:
+        FileExistsError: there is a run already, or what came of it, and `resume` is False.
+        ConfigError: a setting that does not fit the pipeline or the data.
+        TrainingError: the loss is not finite.
+    """
+    from ditkit.training.trainer import run_stage
+
+    folder = out / RUN
+    if not resume and (folder.exists() or (out / last).exists()):
+        raise FileExistsError(
+            f"{out} holds {last} or the run of one already: pass --resume or choose another --out"
+        )
+    if not (folder / "export").is_dir():
+        run_stage(run, folder, {})
+    return folder / "export"
 
 
 def _text_pipeline(pipe: Any) -> tuple[str, dict[str, Any], int]:
