@@ -86,7 +86,15 @@ def _with_arguments(pipe: Any, arguments: dict[str, Any]) -> None:
         given = signature.bind_partial(self, *args, **kwargs).arguments
         return plain.__call__(self, *args, **{k: v for k, v in arguments.items() if k not in given} | kwargs)
 
-    pipe.__class__ = type(plain.__name__, (plain,), {"__call__": call, "__module__": plain.__module__})
+    known = {"__call__": call, "__module__": plain.__module__, "plain_call": arguments}
+    pipe.__class__ = type(plain.__name__, (plain,), known)
+
+
+def call_defaults(pipe: Any) -> dict[str, Any]:
+    """What a plain call of a pipeline uses where it says nothing."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    own = {name: parameter.default for name, parameter in parameters.items()}
+    return {**own, **getattr(pipe, "plain_call", {})}
 
 
 def _with_defaults_of_its_parts(pipe: Any, tokenizer: Any) -> Any:

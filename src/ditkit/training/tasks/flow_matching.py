@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import nn
 
 from ditkit.processes.transport import Transport
@@ -19,29 +20,45 @@ from ditkit.training.config import ConfigError
 from ditkit.training.objectives import Setting, TrainingStep
 from ditkit.training.order import BatchNoise
 from ditkit.training.tasks.base import Task, TaskOptions
+from ditkit.training.tasks.forms import time_shift
 
 
 class FlowMatchingOptions(TaskOptions):
-    """`preview`: captions of the sample pictures; `storage`: dtype of the exported weights."""
+    """`start_from`, in place of the earlier stages and of `transformer`: a pipeline to go on from.
+    `max_sequence_length`: tokens that a text is padded to; None: as in a call of the pipeline. `sigma_mean`:
+    None: 0, or as the scheduler of the pipeline that it goes on from shifts it. `preview`: captions of the
+    sample pictures; `storage`: dtype of the exported weights."""
 
     autoencoder: str = "autoencoder"
-    transformer: dict[str, Any]
+    transformer: dict[str, Any] = {}
+    start_from: str | None = None
+    max_sequence_length: int | None = Field(default=None, ge=1)
     train_text_encoders: bool = True
     caption_dropout: float = 0.1
-    sigma_mean: float = 0.0
+    sigma_mean: float | None = None
     sigma_std: float = 1.0
     preview: list[str] = []
     preview_steps: int = 28
     storage: str = "float16"
 
+    @model_validator(mode="after")
+    def _one_start(self) -> FlowMatchingOptions:
+        if bool(self.transformer) == (self.start_from is not None):
+            raise ValueError(
+                "give transformer, settings to begin with, or start_from, a pipeline to go on from"
+            )
+        return self
+
 
 class FlowMatchingTask(Task):
-    """A subclass gives `velocity` and `pipeline`, and the buffer `no_tokens` (T,): the empty caption."""
+    """A subclass gives `velocity` and `pipeline`, and the buffer `no_tokens` (1,): the empty caption.
+
+    `tokens` (B, 1) are numbers of captions, see `Captions`."""
 
     no_tokens: torch.Tensor
 
     def velocity(self, noisy: torch.Tensor, sigma: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """The transformer's output for latents `noisy` (B, ...) at `sigma` (B,) under `tokens` (B, T)."""
+        """The transformer's output for latents `noisy` (B, ...) at `sigma` (B,) under `tokens` (B, 1)."""
         raise NotImplementedError
 
     def pipeline(self) -> Any:
@@ -51,6 +68,12 @@ class FlowMatchingTask(Task):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.objectives = objectives.Objectives({})
+
+    def follow(self, scheduler: Any, tokens: int) -> None:
+        """Take the mean of sigma's logit from a scheduler, unless the file gives it; see `time_shift`."""
+        if self.options.sigma_mean is None:
+            mean = 0.0 if self.options.start_from is None else time_shift(scheduler, tokens)
+            self.options = self.options.model_copy(update={"sigma_mean": mean})
 
     def plain_objectives(self, model: nn.Module) -> objectives.Objectives:
         """The objectives of the file, which need nothing of a step but the network and its losses.
@@ -71,7 +94,7 @@ class FlowMatchingTask(Task):
     def flow_loss(
         self, clean: torch.Tensor, tokens: torch.Tensor, noise: BatchNoise, rows: int | None = None
     ) -> torch.Tensor:
-        """Loss of latents (B, ...) under tokens (B, T); `rows`: how many of the batch's rows these are."""
+        """Loss of latents (B, ...) under tokens (B, 1); `rows`: how many of the batch's rows these are."""
         noisy, sigma, target, tokens, _ = self._noised(clean, tokens, noise, rows)
         return F.mse_loss(self.velocity(noisy, sigma, tokens).float(), target)
 
@@ -118,7 +141,7 @@ class FlowMatchingTask(Task):
         rows: int | None = None,
         chosen: objectives.Objectives | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """Noisy latents, sigma (B,), the velocity to be learned, tokens (B, T) and which were dropped (B,).
+        """Noisy latents, sigma (B,), the velocity to be learned, tokens (B, 1) and which were dropped (B,).
 
         Objectives that choose the times choose quantiles of sigma.
         """
