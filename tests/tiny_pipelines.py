@@ -110,8 +110,8 @@ def flux(seed: int = 0, double: int = 2, single: int = 2, guidance_embeds: bool 
 
 
 def flux_dev(seed: int = 0) -> FluxPipeline:
-    """As `flux`, in the form of FLUX.1-dev: two tokenizers of other words and lengths, a guidance scale that is
-    read, latents that are shifted and scaled, times shifted by the number of tokens."""
+    """As `flux`, in the form of FLUX.1-dev: two tokenizers of other words and lengths, a guidance scale that
+    is read, latents that are shifted and scaled, times shifted by the number of tokens."""
     pipe = flux(seed, guidance_embeds=True)
     pipe.register_modules(
         tokenizer_2=word_tokenizer(12, WORDS[::-1]),

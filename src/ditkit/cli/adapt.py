@@ -32,7 +32,8 @@ def adapt(
         str,
         typer.Option(
             "--data",
-            help="A folder of pictures or of cached latents, or emoji (the bundled set; of clips for micro-wan).",
+            help="A folder of pictures or of cached latents, or emoji: the bundled set, of clips for a model "
+            "that draws clips.",
         ),
     ],
     out: Annotated[

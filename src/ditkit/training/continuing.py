@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from ditkit.hub import call_defaults
 from ditkit.pipelines.denoising import is_flow
 from ditkit.training.config import ConfigError, RunConfig
 
+FEWEST = 50
+"""Steps between two looks at what is held out; a shorter run looks at its end."""
 RUN = "run"  # where checkpoints and curves are, inside the folder of what comes of it
 
 
@@ -34,7 +36,8 @@ def run_on(
     """
     name = type(pipe).__name__
     if name not in _STARTS:
-        raise ConfigError(f"--model {model} is a {name}; what can be trained on is {_listed(_STARTS)}")
+        known = " or a ".join(_STARTS)
+        raise ConfigError(f"--model {model} is a {name}; what can be trained on is a {known}")
     task, options, own = _STARTS[name](pipe, dict(data))
     section = DataConfig.model_validate(own)
     if task == "class-to-image" and section.kind == "emoji" and pipe.vae is None:
@@ -47,7 +50,7 @@ def run_on(
         **(settings or {}),
     }
     if section.kind == "emoji-motion" or _holds_out(section):
-        run.setdefault("heldout_every", max(1, run.get("steps", 1) // 5))
+        run.setdefault("heldout_every", max(run.get("steps", 1) // 5, FEWEST))
     return run
 
 
@@ -57,10 +60,6 @@ def _holds_out(data: DataConfig) -> bool:
         return len(open_records(data).of("heldout")) > 0
     except (FileNotFoundError, ValueError):
         return False
-
-
-def _listed(names: Iterable[str]) -> str:
-    return " or ".join(f"a {name}" for name in names)
 
 
 def train_into(run: RunConfig, out: Path, last: str, resume: bool) -> Path:
@@ -108,11 +107,8 @@ def _clips(pipe: Any, data: dict[str, Any]) -> Start:
     call = call_defaults(pipe)
     frames, size = call["num_frames"], min(call["height"], call["width"])
     options = {"train_text_encoders": False, "windows": {"lengths": {frames: 1.0}}, "storage": "float32"}
-    return (
-        "text-to-video",
-        options,
-        {"size": size, "motion": {"frames": frames}, **data, "kind": "emoji-motion"},
-    )
+    own = {"size": size, "motion": {"frames": frames}, **data, "kind": "emoji-motion"}
+    return "text-to-video", options, own
 
 
 def _classes(pipe: Any, data: dict[str, Any]) -> Start:

@@ -158,8 +158,8 @@ class Task(nn.Module):
             raise ConfigError(f"{self.run.name}.task_options.dynamic: {error}") from error
 
     def started(self, *classes: Any) -> Any:
-        """The pipeline of one of these classes that the option `start_from` names, an earlier stage, a folder,
-        a bundled one or one of the hub, in float32; None when it names none.
+        """The pipeline of one of these classes that the option `start_from` names, an earlier stage, a
+        folder, a bundled one or one of the hub, in float32; None when it names none.
 
         Raises:
             ConfigError: there is none, or it is of another class.

@@ -19,7 +19,6 @@ from diffusers import (
 )
 from PIL import Image
 from pydantic import model_validator
-from torch import nn
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
 from ditkit.data.pictures import Pictures, grid, open_pictures, periods
@@ -62,7 +61,7 @@ class TextToImageTask(FlowMatchingTask):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         options = self.options
-        self.pipe = self.started(FluxPipeline, StableDiffusion3Pipeline) or self._begun()
+        self.pipe: Any = self.started(FluxPipeline, StableDiffusion3Pipeline) or self._begun()
         self.form = form_of(self.pipe)
         self._check_parts()
         self.pipe.register_modules(transformer=self.made_dynamic(self.pipe.transformer))
@@ -125,8 +124,8 @@ class TextToImageTask(FlowMatchingTask):
         reads, given = self.pipe.transformer.config.in_channels, channels[-1 if len(channels) == 3 else 1]
         if reads != given:
             raise ConfigError(
-                f"{self.run.name}.task_options.start_from: its transformer reads {reads} channels, latents of "
-                f"pictures have {given}; one that also reads pictures (fill, control) is not supported"
+                f"{self.run.name}.task_options.start_from: its transformer reads {reads} channels, latents "
+                f"have {given}; one that also reads pictures (fill, control) is not supported"
             )
 
     @property

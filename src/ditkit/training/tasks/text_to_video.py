@@ -68,7 +68,7 @@ class TextToVideoTask(FlowMatchingTask):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         options = self.options
-        self.pipe = self.started(WanPipeline)
+        self.pipe: Any = self.started(WanPipeline)
         self.guidance = GUIDANCE if self.pipe is None else call_defaults(self.pipe)["guidance_scale"]
         if self.pipe is None:
             self.pipe = self._begun()
@@ -128,8 +128,7 @@ class TextToVideoTask(FlowMatchingTask):
         Raises:
             ConfigError: what it has, and what is supported.
         """
-        pipe: Any = self.pipe
-        reason = None
+        pipe, reason = self.pipe, None
         if pipe.transformer is None or pipe.transformer_2 is not None:
             reason = "it has another transformer for little noise"
         elif pipe.config.expand_timesteps:
