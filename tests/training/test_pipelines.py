@@ -16,10 +16,13 @@ from data.conftest import tree  # noqa: F401  (a fixture)
 from ditkit import hub
 from ditkit.adapters import store
 from ditkit.analysis.sampling import Sampling, sample
+from ditkit.data.config import DataConfig
+from ditkit.data.latent_cache import cache_latents
 from ditkit.models.dydit_flux import DyFluxTransformer2DModel
 from ditkit.training import compress, trainer
 from ditkit.training.adapt import adapt, run_for
 from ditkit.training.config import AdapterConfig, ConfigError, RunConfig
+from ditkit.training.order import BatchNoise
 from ditkit.training.tasks import find
 from ditkit.training.tasks.forms import FORMS, time_shift
 from ditkit.training.tasks.kept import Kept, KeptSamples
@@ -149,6 +152,47 @@ def test_pictures_are_encoded_when_they_are_seen(saved, tmp_path: Path, tree: Pa
     before = task.latents[torch.tensor([5, 0])]
     alone = torch.cat([task.latents[5:6], opened(run).latents[torch.tensor([0])]])
     assert torch.equal(before, alone)
+
+
+def test_cached_latents(saved, tmp_path: Path, tree: Path) -> None:  # noqa: F811
+    """Those of the pipeline's own autoencoder serve as pictures do; others are refused."""
+    folder, pictures = saved("flux"), data_for("flux", tree)
+    cached = {}
+    for name, other in (("flux", folder), ("sd3", saved("sd3"))):
+        source = DataConfig.model_validate(pictures)
+        cached[name] = cache_latents(source, other / "vae", tmp_path / f"{name}-latents")
+    data = {"kind": "latents", "path": str(cached["flux"]), "split": "all"}
+    run = run_on(folder, data)
+    assert run.data.size == 16
+    task, seen = opened(run), opened(run_on(folder, pictures))
+    assert task.sample_count == 12 and task.pictures.captions == seen.pictures.captions
+    torch.testing.assert_close(task.latents[:4], seen.latents[:4], atol=1e-5, rtol=1e-5)
+    adapt(run, tmp_path / "out")
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    with pytest.raises(ConfigError, match="latents of another autoencoder"):
+        opened(run_on(folder, {**data, "path": str(cached["sd3"])}))
+    with pytest.raises(ConfigError, match=r"data.size: the latents are of 16 pixels"):
+        opened(run_on(folder, {**data, "size": 32}))
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_text_encoders_may_train(saved, tree: Path, name: str) -> None:  # noqa: F811
+    """Then captions are read anew in each step, with gradients, as the frozen ones read them."""
+    run = run_on(saved(name), data_for(name, tree))
+    frozen = opened(run)
+    task = opened(run.model_copy(update={"task_options": {**run.task_options, "train_text_encoders": True}}))
+    noise = BatchNoise(0, 0, 2, torch.arange(2), torch.device("cpu"))
+    loss = task.flow_loss(task.latents[:2], task.tokens[:2], noise)
+    loss.backward()
+    encoders = [(key, part) for key, part in task.named_children() if key.startswith("text_encoder")]
+    assert len(encoders) == {"flux": 2, "sd3": 3, "wan": 1}[name]
+    for key, part in encoders:
+        assert any(p.grad is not None and bool(p.grad.any()) for p in part.parameters()), key
+    again = BatchNoise(0, 0, 2, torch.arange(2), torch.device("cpu"))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            frozen.flow_loss(frozen.latents[:2], frozen.tokens[:2], again), loss.detach()
+        )
 
 
 def test_kept() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ditkit.data.config import DataConfig
+from ditkit.data.latents import read_manifest
 from ditkit.data.pictures import open_records
 from ditkit.hub import call_defaults
 from ditkit.pipelines.denoising import is_flow
@@ -94,6 +95,8 @@ Start = tuple[str, dict[str, Any], dict[str, Any]]
 
 def _pictures(pipe: Any, data: dict[str, Any]) -> Start:
     size = getattr(pipe.vae.config, "sample_size", None) or pipe.default_sample_size * pipe.vae_scale_factor
+    if data.get("kind") == "latents":
+        size = read_manifest(Path(data["path"]))["pictures"]["size"]
     return "text-to-image", {"train_text_encoders": False}, {"size": size, **data}
 
 

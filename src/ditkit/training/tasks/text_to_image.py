@@ -21,7 +21,10 @@ from PIL import Image
 from pydantic import model_validator
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
-from ditkit.data.pictures import Pictures, grid, open_pictures, periods
+from ditkit.data.emoji import Split
+from ditkit.data.latent_cache import weights_digest
+from ditkit.data.latents import LatentSet, open_samples
+from ditkit.data.pictures import Pictures, grid, periods
 from ditkit.training.config import ConfigError
 from ditkit.training.order import BatchNoise
 from ditkit.training.tasks.captions import Captions
@@ -70,7 +73,7 @@ class TextToImageTask(FlowMatchingTask):
         for name, part in self.pipe.components.items():
             if name.startswith("text_encoder") and part is not None:
                 setattr(self, name, part.requires_grad_(options.train_text_encoders))
-        self.pictures = open_pictures(self.run.data)
+        self.pictures = self._open(self.run.data.split)
         self.latents = self._latents(self.pictures)  # (N, L, 4C) or (N, C, H, W)
         self.captions = Captions(
             self.pipe, self.form, options.max_sequence_length, options.train_text_encoders
@@ -132,10 +135,32 @@ class TextToImageTask(FlowMatchingTask):
     def adaptable(self) -> Any:
         return self.transformer
 
-    def _latents(self, pictures: Pictures) -> KeptSamples:
+    def _open(self, split: Split) -> Pictures | LatentSet:
+        """Pictures, or latents of this pipeline's autoencoder.
+
+        Raises:
+            ConfigError: cached latents of another one, or of pictures of another size.
+        """
+        found = open_samples(self.run.data, split)
+        if isinstance(found, LatentSet):
+            where, facts, config = f"{self.run.name}.data", found.facts, self.autoencoder.config
+            own = {"weights_sha256": weights_digest(self.autoencoder)}
+            own |= {name: config[name] for name in ("scaling_factor", "shift_factor")}
+            if not own.items() <= facts["autoencoder"].items():
+                raise ConfigError(
+                    f"{where}.path: latents of another autoencoder; `ditkit data cache-latents` with the vae "
+                    "folder of the pipeline makes them anew"
+                )
+            if facts["pictures"]["size"] != self.run.data.size:
+                raise ConfigError(f"{where}.size: the latents are of {facts['pictures']['size']} pixels")
+        return found
+
+    def _latents(self, pictures: Pictures | LatentSet) -> KeptSamples:
         """The latents of pictures as the transformer sees them."""
 
         def encode(index: int) -> torch.Tensor:
+            if isinstance(pictures, LatentSet):
+                return self.form.pack(pictures.latents([index]))
             images = pictures.images([index]).to(self.autoencoder.device)
             return self.form.pack(encode_pictures(self.autoencoder, images))
 
@@ -146,7 +171,7 @@ class TextToImageTask(FlowMatchingTask):
         return len(self.pictures)
 
     def sample_periods(self) -> list[int] | None:
-        return periods(self.run.data, self.pictures)
+        return None if isinstance(self.pictures, LatentSet) else periods(self.run.data, self.pictures)
 
     def forward(self, indices: torch.Tensor, noise: BatchNoise) -> dict[str, torch.Tensor]:
         return self.flow_losses(self.latents[indices], self.tokens[indices], noise, self.transformer)
@@ -166,7 +191,7 @@ class TextToImageTask(FlowMatchingTask):
     def heldout_loss(self) -> dict[str, float]:
         device = self.tokens.device
         if self._heldout is None:
-            pictures = open_pictures(self.run.data, "heldout")
+            pictures = self._open("heldout")
             numbers = self.captions.numbers(pictures.captions[:HELD_OUT])
             self._heldout = self._latents(pictures), numbers.to(device)
         latents, tokens = self._heldout
