@@ -44,7 +44,6 @@ class TextToImageOptions(FlowMatchingOptions):
 
 class TextToImageTask(FlowMatchingTask):
     Options = TextToImageOptions
-    takes_objectives = True
     autoencoder: Any
     transformer: Any
     text_encoder: Any
@@ -71,7 +70,7 @@ class TextToImageTask(FlowMatchingTask):
         image_ids[..., 2] = torch.arange(side)[None]
         self.register_buffer("image_ids", image_ids.reshape(-1, 3), persistent=False)
         self.register_buffer("text_ids", torch.zeros(self.tokenizer.model_max_length, 3), persistent=False)
-        self.objectives = self.plain_objectives(self.transformer)
+        self.objectives = self.text_objectives()
 
     def _open_parts(self) -> None:
         """Tokenizer, text encoders, autoencoder and transformer."""
@@ -131,7 +130,12 @@ class TextToImageTask(FlowMatchingTask):
         return periods(self.run.data, self.pictures)
 
     def forward(self, indices: torch.Tensor, noise: BatchNoise) -> dict[str, torch.Tensor]:
-        return self.flow_losses(self.latents[indices], self.tokens[indices], noise, self.transformer)
+        clean = self.latents[indices]
+
+        def pictures() -> torch.Tensor:
+            return self.pictures.images(indices.cpu().numpy()).to(clean.device)
+
+        return self.flow_losses(clean, self.tokens[indices], noise, pictures)
 
     def velocity(self, noisy: torch.Tensor, sigma: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         return self.transformer(
