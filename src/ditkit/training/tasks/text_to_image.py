@@ -55,7 +55,6 @@ class TextToImageOptions(FlowMatchingOptions):
 
 class TextToImageTask(FlowMatchingTask):
     Options = TextToImageOptions
-    takes_objectives = True
     autoencoder: Any
     transformer: Any
     latents: KeptSamples
@@ -83,7 +82,7 @@ class TextToImageTask(FlowMatchingTask):
         self._heldout: tuple[KeptSamples, torch.Tensor] | None = None
         side = self.run.data.size // self.form.multiple(self.pipe)
         self.follow(self.pipe.scheduler, side**2)
-        self.objectives = self.plain_objectives(self.transformer)
+        self.objectives = self.text_objectives(pictures=not isinstance(self.pictures, LatentSet))
 
     def _begun(self) -> FluxPipeline:
         """A pipeline of the earlier stages' parts and a fresh transformer."""
@@ -174,7 +173,13 @@ class TextToImageTask(FlowMatchingTask):
         return None if isinstance(self.pictures, LatentSet) else periods(self.run.data, self.pictures)
 
     def forward(self, indices: torch.Tensor, noise: BatchNoise) -> dict[str, torch.Tensor]:
-        return self.flow_losses(self.latents[indices], self.tokens[indices], noise, self.transformer)
+        clean = self.latents[indices]
+
+        def pictures() -> torch.Tensor:
+            source: Any = self.pictures  # cached latents have none, see `Setting.pictures`
+            return source.images(indices.cpu().numpy()).to(clean.device)
+
+        return self.flow_losses(clean, self.tokens[indices], noise, pictures)
 
     def velocity(self, noisy: torch.Tensor, sigma: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         side = self.run.data.size // self.pipe.vae_scale_factor

@@ -93,6 +93,7 @@ class TextToVideoTask(FlowMatchingTask):
         self._heldout: tuple[KeptSamples, torch.Tensor] | None = None
         side = self.run.data.size // self.pipe.vae_scale_factor_spatial
         self.follow(self.pipe.scheduler, self._latent_frames(self.frames) * side**2)
+        self.objectives = self.text_objectives()
 
     def _begun(self) -> WanPipeline:
         """A pipeline of the earlier stages' parts."""
@@ -176,12 +177,24 @@ class TextToVideoTask(FlowMatchingTask):
             places = sorted(drawn.tolist())
             frames = (len(places) - 1) * self.autoencoder.config.scale_factor_temporal + 1
         rows = max(1, len(indices) // frames) if self.options.start_from is None else len(indices)
-        latents = self.latents[indices[:rows]][:, :, places].float()
+        indices = indices[:rows]
+        latents = self.latents[indices][:, :, places].float()
+
+        def pictures() -> torch.Tensor:
+            return self._pictures(indices, places).to(latents.device)
+
         self._places = places
         try:
-            return {"loss": self.flow_loss(latents, self.tokens[indices[:rows]], noise, rows)}
+            return self.flow_losses(latents, self.tokens[indices], noise.first(rows), pictures)
         finally:
             self._places = None
+
+    def _pictures(self, indices: torch.Tensor, places: list[int]) -> torch.Tensor:
+        """Of clips (B,), the first of the frames that each of the latent frames at `places` covers: the
+        encoder sees the first frame of a clip alone, (B, 3, F, H', W')."""
+        covers = self.autoencoder.config.scale_factor_temporal
+        first = [0 if place == 0 else (place - 1) * covers + 1 for place in places]
+        return videos([self.clips.clip(int(index)) for index in indices])[:, :, first]
 
     def _rotary(self, rotary: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The transformer's rotary factors (1, F H W, 1, D), for frames at other places than 0, 1, 2, ..."""
