@@ -130,12 +130,8 @@ class TextToImageTask(FlowMatchingTask):
         return periods(self.run.data, self.pictures)
 
     def forward(self, indices: torch.Tensor, noise: BatchNoise) -> dict[str, torch.Tensor]:
-        clean = self.latents[indices]
-
-        def pictures() -> torch.Tensor:
-            return self.pictures.images(indices.cpu().numpy()).to(clean.device)
-
-        return self.flow_losses(clean, self.tokens[indices], noise, pictures)
+        pictures = self.clean_pictures(indices)
+        return self.flow_losses(self.latents[indices], self.tokens[indices], noise, pictures)
 
     def velocity(self, noisy: torch.Tensor, sigma: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         return self.transformer(
