@@ -15,7 +15,7 @@ from ditkit.models.teachers import Teacher
 from ditkit.training import trainer as training
 from ditkit.training.config import ConfigError, RunConfig
 from ditkit.training.objectives.haste import attention_loss, projection_loss
-from ditkit.training.order import BatchNoise
+from ditkit.training.order import BatchNoise, split_rows
 from ditkit.training.tasks import find
 from ditkit.training.trainer import run_stage
 from tiny_pipelines import flux
@@ -177,6 +177,20 @@ def test_after_the_stop_the_gradient_is_the_plain_one(
     assert all(torch.equal(gradients[0][name], grad) for name, grad in gradients[1].items())
     projectors = stopped.objectives.made["haste"].projectors
     assert all(p.grad is not None and not p.grad.any() for p in projectors.parameters())
+
+
+@pytest.mark.parametrize("task", ["text-to-image", "text-conditional"])
+def test_parts_of_a_batch_make_up_the_whole(home: Path, task: str) -> None:
+    made = opened(home, stage(home, task, objective=both(home, task)))
+    indices, noise = batch(made)
+    whole = made(indices, noise)
+    parts = [
+        made(indices[rows], BatchNoise(made.run.seed, noise.step, len(indices), rows, torch.device("cpu")))
+        for rows in split_rows(len(indices), 4)
+    ]
+    for key, value in whole.items():
+        together = torch.stack([part[key] for part in parts]).mean()
+        torch.testing.assert_close(together, value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("task", TASKS)

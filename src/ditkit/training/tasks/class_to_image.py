@@ -101,10 +101,7 @@ class ClassToImageTask(DenoisingTask):
         self.register_buffer("labels", labels, persistent=False)  # (N,)
         self.model: Any = self._build()
         self.process = self._flow() if options.process == "flow" else self._gaussian()
-        self.objectives = self._objectives(
-            facts={"process": options.process, "classes": self.classes},
-            pictures=not isinstance(self.pictures, LatentSet),
-        )
+        self.objectives = self._objectives({"process": options.process, "classes": self.classes})
 
     @property
     def adaptable(self) -> Any:
@@ -206,11 +203,7 @@ class ClassToImageTask(DenoisingTask):
         epsilon = noise.normal(*clean.shape[1:])  # (B, C, H, W)
         times = drawn_times(self.process, self.objectives.times(noise.uniform(), noise))  # (B,)
         network, dropped = self._under(labels, noise)
-
-        def pictures() -> torch.Tensor:
-            source: Any = self.pictures  # cached latents have none, see `Setting.pictures`
-            return source.images(indices.cpu().numpy()).to(epsilon.device)
-
+        pictures = self.clean_pictures(indices)
         return self.trained(network, clean, epsilon, times, noise, pictures, labels=labels, dropped=dropped)
 
     def _under(self, labels: torch.Tensor, noise: BatchNoise) -> tuple[Network, torch.Tensor | None]:

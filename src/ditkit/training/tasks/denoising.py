@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from ditkit.data.latents import LatentSet
 from ditkit.processes.noising import Process, training_losses
 from ditkit.seams.taps import reading
 from ditkit.training import objectives
@@ -33,12 +34,14 @@ class DenoisingTask(Task):
         denoiser_name: of the attribute that holds the network.
         process: how samples are noised, and what the network predicts.
         objectives: see `_objectives`.
+        pictures: the data, or their cached latents; a task of clips has none.
     """
 
     takes_objectives = True
     denoiser_name: ClassVar[str] = "model"
     process: Process
     objectives: objectives.Objectives
+    pictures: Any = None
 
     @property
     def denoiser(self) -> Any:
@@ -65,6 +68,7 @@ class DenoisingTask(Task):
             {"samples": self.sample_count, **(facts or {})},
             self.model_folder,
             averages=self.run.ema is not None,
+            pictures=not isinstance(self.pictures, LatentSet),
             **more,
         )
         always = getattr(self.denoiser, "objectives", {})
@@ -72,6 +76,10 @@ class DenoisingTask(Task):
             return objectives.create({**always, **self.run.objective}, setting)
         except ValueError as error:
             raise ConfigError(f"{self.run.name}.objective: {error}") from error
+
+    def clean_pictures(self, indices: Tensor) -> Callable[[], Tensor]:
+        """Gives the pictures of the samples `indices` (B,); of cached latents there are none."""
+        return lambda: self.pictures.images(indices.cpu().numpy()).to(indices.device)
 
     def trained(
         self,

@@ -90,8 +90,7 @@ class TextConditionalTask(DenoisingTask):
         variance = "learned_range" if self.learned else "fixed_small"
         gaussian = options.process == "gaussian"
         self.process = GaussianDiffusion.create(1000, variance=variance) if gaussian else Transport()
-        cached = isinstance(self.pictures, LatentSet)
-        self.objectives = self._objectives(labels=False, pictures=not cached, example=self._example)
+        self.objectives = self._objectives(labels=False, example=self._example)
 
     def _build(self) -> Any:
         options = self.options
@@ -147,12 +146,7 @@ class TextConditionalTask(DenoisingTask):
         epsilon = noise.normal(*clean.shape[1:])  # (B, C, H, W)
         times = drawn_times(self.process, self.objectives.times(noise.uniform(), noise))  # (B,)
         network = self._under(*self._dropped(self.tokens[indices], self.masks[indices], noise))
-
-        def pictures() -> torch.Tensor:
-            source: Any = self.pictures  # cached latents have none, see `Setting.pictures`
-            return source.images(indices.cpu().numpy()).to(clean.device)
-
-        return self.trained(network, clean, epsilon, times, noise, pictures)
+        return self.trained(network, clean, epsilon, times, noise, self.clean_pictures(indices))
 
     def _dropped(
         self, tokens: torch.Tensor, mask: torch.Tensor, noise: BatchNoise

@@ -173,13 +173,8 @@ class TextToImageTask(FlowMatchingTask):
         return None if isinstance(self.pictures, LatentSet) else periods(self.run.data, self.pictures)
 
     def forward(self, indices: torch.Tensor, noise: BatchNoise) -> dict[str, torch.Tensor]:
-        clean = self.latents[indices]
-
-        def pictures() -> torch.Tensor:
-            source: Any = self.pictures  # cached latents have none, see `Setting.pictures`
-            return source.images(indices.cpu().numpy()).to(clean.device)
-
-        return self.flow_losses(clean, self.tokens[indices], noise, pictures)
+        pictures = self.clean_pictures(indices)
+        return self.flow_losses(self.latents[indices], self.tokens[indices], noise, pictures)
 
     def velocity(self, noisy: torch.Tensor, sigma: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         side = self.run.data.size // self.pipe.vae_scale_factor
