@@ -244,6 +244,8 @@ def test_compressed(saved, tmp_path: Path, tree: Path) -> None:  # noqa: F811
         assert one == other
     assert pipe.tokenizer.get_vocab() != pipe.tokenizer_2.get_vocab()
     assert compress.spent(pipe, ["red apple"], steps=1).flops <= 1.01
+    parts = [path for path in out.rglob("*.json") if "run" not in path.relative_to(out).parts]
+    assert not any(str(tmp_path) in path.read_text() for path in parts), "no folder of a machine"
     lines = (out / "run" / "metrics.jsonl").read_text()
     assert '"budget"' in lines and '"flops"' in lines
 
