@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +246,11 @@ def test_compressed(saved, tmp_path: Path, tree: Path) -> None:  # noqa: F811
         assert one == other
     assert pipe.tokenizer.get_vocab() != pipe.tokenizer_2.get_vocab()
     assert compress.spent(pipe, ["red apple"], steps=1).flops <= 1.01
+    parts = [path for path in out.rglob("*.json") if "run" not in path.relative_to(out).parts]
+    assert not any(str(tmp_path) in path.read_text() for path in parts), "no folder of a machine"
+    fresh = f"import ditkit; print(type(ditkit.load({str(out)!r}).transformer).__name__)"
+    told = subprocess.run([sys.executable, "-c", fresh], capture_output=True, text=True, check=False)
+    assert told.stdout.strip() == "DyFluxTransformer2DModel", told.stderr
     lines = (out / "run" / "metrics.jsonl").read_text()
     assert '"budget"' in lines and '"flops"' in lines
 

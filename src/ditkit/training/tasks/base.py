@@ -175,7 +175,7 @@ class Task(nn.Module):
         if not isinstance(pipe, classes):
             known = " or a ".join(cls.__name__ for cls in classes)
             raise ConfigError(f"{where}: {name} is a {type(pipe).__name__}, this task trains a {known}")
-        for part in (pipe.transformer, pipe.vae):
+        for part in (pipe, pipe.transformer, pipe.vae):
             if part is not None:
                 part.register_to_config(_name_or_path="")  # no folder of a run in what it exports
         return pipe
