@@ -77,18 +77,14 @@ class FlowMatchingTask(DenoisingTask):
             mean = 0.0 if self.options.start_from is None else time_shift(scheduler, tokens)
             self.options = self.options.model_copy(update={"sigma_mean": mean})
 
-    def text_objectives(self, pictures: bool = True) -> objectives.Objectives:
-        """The objectives of the file; to be called when everything else is there.
-
-        Args:
-            pictures: whether the samples' pictures are at hand.
-        """
+    def text_objectives(self) -> objectives.Objectives:
+        """The objectives of the file; to be called when everything else is there."""
 
         def example() -> None:
             clean = self.latents[torch.tensor([0])].float()
             self._under(self.no_tokens[None])(clean, torch.zeros(1, device=clean.device))
 
-        return self._objectives(labels=False, pictures=pictures, example=example)
+        return self._objectives(labels=False, example=example)
 
     def flow_losses(
         self,

@@ -82,7 +82,7 @@ class TextToImageTask(FlowMatchingTask):
         self._heldout: tuple[KeptSamples, torch.Tensor] | None = None
         side = self.run.data.size // self.form.multiple(self.pipe)
         self.follow(self.pipe.scheduler, side**2)
-        self.objectives = self.text_objectives(pictures=not isinstance(self.pictures, LatentSet))
+        self.objectives = self.text_objectives()
 
     def _begun(self) -> FluxPipeline:
         """A pipeline of the earlier stages' parts and a fresh transformer."""
