@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ditkit import registry
+
 BUNDLED = {
     "micro-flux": "text to 64 x 64 pictures of the emoji set, a FluxPipeline of a few million parameters",
     "micro-wan": "text to clips of 17 frames of 64 x 64, one emoji moving, a WanPipeline of 7 million",
@@ -46,8 +48,11 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32, **kwargs: Any) ->
         near = difflib.get_close_matches(str(name), BUNDLED, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"bundled are {', '.join(BUNDLED)}"
         raise FileNotFoundError(f"no pipeline {str(name)!r}: no such folder, and {hint}")
-    if (own := _own_pipeline(path)) is not None:
+    index = _index(path)
+    if (own := _own_pipeline(index)) is not None:
         return own.from_pretrained(str(path), dtype=dtype, use_safetensors=True, **kwargs)
+    if any(isinstance(part, list) and str(part[0]).startswith("ditkit.models.") for part in index.values()):
+        registry.entries("model")  # diffusers loads no class whose module is not imported yet
     pipe = DiffusionPipeline.from_pretrained(str(name), dtype=dtype, use_safetensors=True, **kwargs)
     call = path / CALL_FILE
     if call.is_file():
@@ -57,16 +62,19 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32, **kwargs: Any) ->
     return _with_defaults_of_its_parts(pipe, tokenizer) if small else pipe
 
 
-def _own_pipeline(folder: Path) -> Any:
+def _index(folder: Path) -> dict[str, Any]:
+    """What a pipeline's folder says of its parts; nothing for repositories."""
+    file = folder / "model_index.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _own_pipeline(index: dict[str, Any]) -> Any:
     """The class of `ditkit.pipelines` that a folder is of; None for diffusers' own and for repositories."""
-    index = folder / "model_index.json"
-    if not index.is_file():
-        return None
-    name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     from ditkit import pipelines
 
-    for found in pkgutil.iter_modules(pipelines.__path__):
-        cls = getattr(importlib.import_module(f"{pipelines.__name__}.{found.name}"), str(name), None)
+    name = str(index.get("_class_name"))
+    for found in pkgutil.iter_modules(pipelines.__path__) if index else ():
+        cls = getattr(importlib.import_module(f"{pipelines.__name__}.{found.name}"), name, None)
         if isinstance(cls, type) and cls.__module__.startswith(pipelines.__name__):
             return cls
     return None
