@@ -166,6 +166,14 @@ def draws_classes(pipe: Any) -> bool:
     return hasattr(pipe, "find") and "class_labels" in inspect.signature(pipe.__call__).parameters
 
 
+def some_classes(pipe: Any, count: int) -> list[str]:
+    """`count` classes of a pipeline that draws them: spread over all, or in turn where there are fewer."""
+    known = pipe.classes
+    if len(known) <= count:
+        return [known[i % len(known)] for i in range(count)]
+    return [known[round(i)] for i in np.linspace(0, len(known) - 1, count)]
+
+
 def call_arguments(pipe: Any, sampling: Sampling, count: int) -> dict[str, Any]:
     """The keyword arguments of `pipe(...)` for these settings and `count` prompts.
 
