@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +115,8 @@ def test_the_grid_tells_pictures_of_equal_tokens_apart(student: Any) -> None:
 
 def test_gradients_reach_every_weight_and_checkpointing_changes_none(student: Any) -> None:
     inputs, found = call((4, 8)), []
-    model = inherit(PIXART.model()).train().requires_grad_(True)
+    fresh: Any = PIXART.model()
+    model: Any = inherit(fresh).train().requires_grad_(True)
     model.load_state_dict(student.state_dict())
     for checkpointing in (False, True):
         model.zero_grad()
@@ -180,6 +183,14 @@ class TestInheritance:
         assert again.latents is not None
         torch.testing.assert_close(again.latents, drawn.latents[:1], atol=1e-5, rtol=1e-5)
 
+    def test_a_fresh_process_opens_the_pipeline(self, folder: Path, tmp_path: Path) -> None:
+        """diffusers loads no class whose module is not imported yet."""
+        convert_inherit(folder, "lit-pixart", tmp_path / "lit")
+        code = "import ditkit, sys; print(type(ditkit.load(sys.argv[1]).transformer).__name__)"
+        command = [sys.executable, "-c", code, str(tmp_path / "lit")]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert ran.stdout.split() == ["LiTPixArtTransformer2DModel"], ran.stderr[-500:]
+
     def test_folders(self, folder: Path, tmp_path: Path) -> None:
         PixArtTransformer2DModel.from_pretrained(folder / "transformer").save_pretrained(tmp_path / "alone")
         done = convert_inherit(tmp_path / "alone", "lit-pixart", tmp_path / "lit")
@@ -208,7 +219,8 @@ def test_size() -> None:
 
 def test_float32_attention() -> None:
     """`upcast_linear` matters where weights are of half precision only."""
-    model = LiTPixArtTransformer2DModel(**{**PIXART.model().config, "linear_heads": 2}).eval()
+    old: Any = PIXART.model()
+    model = LiTPixArtTransformer2DModel(**{**old.config, "linear_heads": 2}).eval()
     plain = LiTPixArtTransformer2DModel(**{**model.config, "upcast_linear": False}).eval()
     plain.load_state_dict(model.state_dict())
     inputs = call((4, 8))

@@ -6,6 +6,7 @@ Nothing is written before every key is known to fit. How files are read: `weight
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -294,6 +295,6 @@ def _write(model: Any, output: Path, progress: Progress | None, pipeline: Path |
         progress("write", total, total)
 
 
-def _old_transformer(pipeline: Path, folder: str) -> list[str]:
+def _old_transformer(pipeline: Path, folder: str | os.PathLike[str]) -> list[str]:
     """What of a pipeline's folder is not copied."""
     return ["transformer"] if Path(folder) == pipeline else []

@@ -66,7 +66,8 @@ class LiTPixArtBlock(BasicTransformerBlock):
                 attention_mask=encoder_attention_mask,
                 **options,
             )
-        normed = self.norm2(hidden_states) * (1 + scale_mlp) + shift_mlp
+        norm: Any = self.norm2
+        normed = norm(hidden_states) * (1 + scale_mlp) + shift_mlp
         return hidden_states + gate_mlp * self.ff(normed)
 
 
@@ -200,7 +201,8 @@ class LiTPixArtTransformer2DModel(PixArtTransformer2DModel):
             raise ValueError("attention_mask: linear attention has no weights to mask; leave it out")
         patch = self.config["patch_size"]
         grid = (hidden_states.shape[-2] // patch, hidden_states.shape[-1] // patch)
-        return super().forward(
+        forward: Any = super().forward  # diffusers wants a LongTensor, its schedulers give others
+        return forward(
             hidden_states,
             encoder_hidden_states=encoder_hidden_states,
             timestep=timestep,
