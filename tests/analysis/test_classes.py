@@ -68,7 +68,7 @@ def test_errors_are_against_dense_sampling_of_the_same_labels_and_seeds(pipe: An
     assert found.prompts == ["ant", "bee", "cat", "dog", "eel", "ant", "bee", "cat"]
     rows = {row.kind if row.kind == "dense" else row.label: row for row in found.rows}
     assert rows["taylorseer:interval=1"].latent_error == 0
-    assert rows["taylorseer:interval=5"].latent_error > 1e-4
+    assert (rows["taylorseer:interval=5"].latent_error or 0) > 1e-4
     dense = by_hand(pipe, [0, 1, 2, 3, 4, 0, 1, 2], 8)
     (plain,) = [row for row in found.rows if row.kind == "plain"]
     fewer = by_hand(pipe, [0, 1, 2, 3, 4, 0, 1, 2], plain.steps)

@@ -130,15 +130,20 @@ def _show(kind: str, name: str | None) -> None:
     }
     # What is the same of all tells nothing, and takes the room of what does.
     told = {name: cells for name, cells in told.items() if len(set(cells)) > 1}
+    narrow = console.width < 100  # no room for five columns
     table = Table(header_style="bold", pad_edge=False)
     table.add_column(kind, no_wrap=True)
-    table.add_column("what it does", overflow="fold", min_width=28)
+    table.add_column("what it does", overflow="fold")
     table.add_column("arXiv", no_wrap=True)
-    for name in told:
+    for name in () if narrow else told:
         table.add_column(name)
     for entry, *cells in zip(entries, *told.values(), strict=True):
         paper = f"[link={entry.paper.url}]{entry.paper.arxiv}[/link]"
-        table.add_row(entry.name, entry.summary, paper, *cells)
+        if narrow and cells:
+            below = "; ".join(f"{name}: {cell}" for name, cell in zip(told, cells, strict=True))
+            table.add_row(entry.name, f"{entry.summary}\n[dim]{below}[/]", paper)
+        else:
+            table.add_row(entry.name, entry.summary, paper, *cells)
     console.print(table)
 
 
