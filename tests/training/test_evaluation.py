@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from ditkit.analysis.inception import WEIGHTS, Inception, InceptionError, inception_score
+from ditkit.analysis.quality import frequent_labels, resized
 from ditkit.training.config import ConfigError, EvaluationConfig, load
-from ditkit.training.evaluation import Evaluation, draw, frequent_labels, resized
+from ditkit.training.evaluation import Evaluation, draw
 from ditkit.training.tasks import find
 from ditkit.training.trainer import train
 

@@ -91,8 +91,23 @@ class Yardstick:
 
     def recognised(self, images: Tensor, labels: Tensor) -> float:
         """Share of pictures (B, 3, H, W) whose nearest true picture is of the class (B,) asked for."""
+        return float(self.recognises(images, labels).float().mean())
+
+    def recognises(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Of each picture, whether its nearest true one is of the class asked for, (B,)."""
         nearest = torch.cdist(self.place(images), self.points).argmin(1)
-        return float((self.labels[nearest] == labels).float().mean())
+        return self.labels[nearest] == labels
+
+
+def frequent_labels(labels: Tensor, count: int) -> Tensor:
+    """`count` labels in which classes are as frequent as in `labels` (N,)."""
+    known = labels.sort().values
+    return known[torch.linspace(0, len(known) - 1, count).round().long()]
+
+
+def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pictures (N, 3, H, W) averaged to another height and width."""
+    return images if images.shape[-2:] == size else F.interpolate(images, size=size, mode="area")
 
 
 def frechet_distance(drawn: Tensor, true: Tensor) -> float:

@@ -15,11 +15,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ditkit.analysis.inception import Inception, inception_score
-from ditkit.analysis.quality import Yardstick, features, frechet_distance
+from ditkit.analysis.quality import Yardstick, features, frechet_distance, frequent_labels, resized
 from ditkit.data.latents import LatentSet
 from ditkit.data.pictures import class_labels, open_pictures
 from ditkit.models.teachers import Teacher, load_teacher
@@ -80,22 +79,11 @@ class Evaluation:
         return figures
 
 
-def frequent_labels(labels: Tensor, count: int) -> Tensor:
-    """`count` labels in which classes are as frequent as in `labels` (N,)."""
-    known = labels.sort().values
-    return known[torch.linspace(0, len(known) - 1, count).round().long()]
-
-
 def draw(task: Any, labels: Tensor, seed: int, steps: int | None = None) -> Tensor:
     """Pictures (B, 3, H, W) in [-1, 1] of classes (B,), on the CPU, by a task that draws classes."""
     generator = torch.Generator().manual_seed(seed)
     options = {} if steps is None else {"steps": steps}
     return torch.cat([task.sample(part, generator, **options).float().cpu() for part in labels.split(BATCH)])
-
-
-def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pictures (N, 3, H, W) averaged to another height and width."""
-    return images if images.shape[-2:] == size else F.interpolate(images, size=size, mode="area")
 
 
 def _seen_by(teacher: Teacher) -> Callable[[Tensor], Tensor]:
