@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from ditkit.training import checkpoint as ckpt
-from ditkit.training import trainer as training
+from ditkit.training import loop
 from ditkit.training.tasks.class_to_image import ClassToImageTask
 from ditkit.training.trainer import TrainingError, train
 from training_recipes import records, weights
@@ -214,7 +214,7 @@ def test_a_part_that_is_of_another_time_is_noticed(training_file, tmp_path, monk
             saved.state["ema"]["optimization_step"] = 0
         return saved
 
-    monkeypatch.setattr(training.ckpt, "newest", other)
+    monkeypatch.setattr(ckpt, "newest", other)
     train(cut, resume=True)
     one, two = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert any(not torch.equal(one[name], two[name]) for name in one)
@@ -244,7 +244,7 @@ def test_a_loss_that_is_not_finite_can_be_passed_over(training_file, tmp_path, m
 
 
 def test_skipping_for_ever_stops(training_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "MOST_SKIPPED", 3)
+    monkeypatch.setattr(loop, "MOST_SKIPPED", 3)
     with pytest.raises(TrainingError, match=r"4 steps in a row .*skip_grad_norm=1e-09"):
         train(training_file(steps=9, optimizer={"lr": 1e-3, "skip_grad_norm": 1e-9}))
 
@@ -261,7 +261,7 @@ def test_weights_that_are_not_finite_are_not_saved(training_file, tmp_path, monk
         return result
 
     monkeypatch.setattr(torch.optim.AdamW, "step", breaking)
-    monkeypatch.setattr(training.math, "isfinite", lambda value: True)
+    monkeypatch.setattr(loop.math, "isfinite", lambda value: True)
     with pytest.raises(TrainingError, match=r"not finite; they are not saved\. .*step-00000002 is kept"):
         train(training_file())
     saved = ckpt.newest(tmp_path / "run/tiny/checkpoints")
