@@ -23,6 +23,7 @@ from ditkit.training.config import RunConfig
 from ditkit.training.evaluation import Evaluation
 from ditkit.training.order import BatchNoise, SampleOrder, mix, split_rows
 from ditkit.training.schedule import learning_rate_factor
+from ditkit.training.short_attention import short_attention
 from ditkit.training.state import RunState, TrainingError
 from ditkit.training.tasks import Task, create
 
@@ -143,9 +144,10 @@ class Trainer:
                 if self.sharded:
                     self.model.set_requires_gradient_sync(accelerator.sync_gradients)
                 noise = BatchNoise(run.seed, self.step, run.batch_size, rows, accelerator.device)
-                with accelerator.autocast():
-                    losses = self.model(indices[rows].to(accelerator.device), noise)
-                accelerator.backward(losses["loss"])
+                with short_attention(accelerator.device):
+                    with accelerator.autocast():
+                        losses = self.model(indices[rows].to(accelerator.device), noise)
+                    accelerator.backward(losses["loss"])
                 taken = not accelerator.sync_gradients or self._fit_gradient()
                 for optimizer in self.optimizers:
                     if taken:
