@@ -55,7 +55,7 @@ def create(run: RunConfig, folder: Path, earlier: dict[str, Path]) -> Task:
     task = find(run.task)(run, folder, earlier)
     if run.adapter is None:
         return task
-    from ditkit.training.adapt import Adapted  # needs peft, which no other run does
+    from ditkit.training.tasks.adapted import Adapted  # needs peft, which no other run does
 
     return Adapted(task, run.adapter)
 
