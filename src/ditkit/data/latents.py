@@ -111,7 +111,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
         known = facts["format"] == FORMAT and isinstance(facts["shards"], list)
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise LatentCacheError(
             f"{file} is damaged ({error!r}): run `ditkit data cache-latents` again"
         ) from error
