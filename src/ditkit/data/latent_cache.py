@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ditkit.data.config import DataConfig
-from ditkit.data.latents import AUTOENCODER, FORMAT, MANIFEST, LatentCacheError
+from ditkit.data.latents import AUTOENCODER, FORMAT, MANIFEST, LatentCacheError, facts_of
 from ditkit.data.pictures import classes_of, open_records
 from ditkit.data.records import Records, Unreadable, to_tensor
 from ditkit.files import whole_file, write_text
@@ -129,15 +129,9 @@ def _plan(data: DataConfig, records: Records, network: Any, options: CacheOption
     for name, value in sorted(network.state_dict().items()):
         weights.update(name.encode())
         weights.update(value.float().contiguous().numpy().tobytes())
-    names = "\n".join(row.name for row in records.rows)
     return {
         "format": FORMAT,
-        "pictures": {
-            "kind": data.kind,
-            "size": data.size,
-            "count": len(records),
-            "names_sha256": _digest(names.encode()),
-        },
+        "pictures": facts_of(data, records),
         "autoencoder": {
             "class": type(network).__name__,
             "config_sha256": _digest(json.dumps(config, default=str).encode()),

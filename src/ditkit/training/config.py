@@ -71,6 +71,7 @@ class EvaluationConfig(Section):
             None: hand-made ones.
         neighbours: k of precision and recall.
         inception: file or folder of the Inception network's weights, for FID and inception score.
+        data: the pictures that cached latents came from, on which alone the run is trained otherwise.
     """
 
     every: int = Field(ge=1)
@@ -79,6 +80,7 @@ class EvaluationConfig(Section):
     teacher: str | None = None
     neighbours: int = Field(default=3, ge=1)
     inception: Path | None = None
+    data: DataConfig | None = None
 
     @model_validator(mode="after")
     def _enough(self) -> EvaluationConfig:
