@@ -206,7 +206,8 @@ class Trainer:
             return
         if self.run.tracker:
             self.accelerator.log(record, step=self.step)
-        records.add(self.folder, self.step, record)
+        with self._writing(f"what step {self.step} gave"):
+            records.add(self.folder, self.step, record)
 
     def _evaluate(self) -> None:
         with self._averaged() as task:
@@ -226,8 +227,9 @@ class Trainer:
     def _draw(self) -> None:
         with self._averaged() as task:
             picture = None if task is None else task.draw()
+        file = self.folder / "samples" / f"step-{self.step:08d}.png"
         if picture is not None:
-            with whole_file(self.folder / "samples" / f"step-{self.step:08d}.png") as part:
+            with self._writing(file.name), whole_file(file) as part:
                 picture.save(part)
 
     def save(self) -> None:
@@ -240,9 +242,16 @@ class Trainer:
             if task is None:
                 return
             part = self.folder / ".export.part"
-            shutil.rmtree(part, ignore_errors=True)
-            task.export(part)
-            part.rename(self.folder / "export")
+            try:
+                with self._writing("the export"):
+                    shutil.rmtree(part, ignore_errors=True)
+                    task.export(part)
+                    part.rename(self.folder / "export")
+            finally:
+                shutil.rmtree(part, ignore_errors=True)  # a full disk has better uses for it
+
+    def _writing(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return states.writing(f"{self.run.name}: {what}", self.checkpoints)
 
     # ---- the average ---------------------------------------------------------------------------------------
 

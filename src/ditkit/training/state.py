@@ -6,12 +6,15 @@ how many updates were made. Whatever the file and the data determine is rebuilt 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import nn
 
 from ditkit.training import checkpoint as ckpt
@@ -55,13 +58,8 @@ def save(state: RunState, run: RunConfig, folder: Path, accelerator: Accelerator
     accelerator.wait_for_everyone()
     checkpoint = _pack(state, run, folder, accelerator.is_main_process)
     if accelerator.is_main_process:
-        try:
+        with writing(f"{run.name}: the checkpoint of step {state.step}", folder):
             ckpt.write(folder, checkpoint, run.keep_checkpoints)
-        except OSError as error:
-            raise TrainingError(
-                f"{run.name}: the checkpoint of step {state.step} could not be written: "
-                f"{error.strerror or error}. {kept(folder)}"
-            ) from error
     accelerator.wait_for_everyone()
 
 
@@ -136,6 +134,20 @@ def _check(saved: ckpt.Checkpoint, state: RunState, run: RunConfig, folder: Path
             f"{run.name}: the checkpoint in {folder.parent} has no {' and no '.join(missing)}: the "
             "run had other settings; choose another output"
         )
+
+
+@contextlib.contextmanager
+def writing(what: str, folder: Path) -> Iterator[None]:
+    """Say `what` it was that a full disk did not take, and what is kept under `folder`.
+
+    Raises:
+        TrainingError: in place of what was raised.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise TrainingError(f"{what} could not be written: {reason}. {kept(folder)}") from error
 
 
 def kept(folder: Path) -> str:
