@@ -102,7 +102,7 @@ def test_what_can_not_be_evaluated_is_refused_before_training(training_file, cha
 
 def test_what_draws_nothing_is_refused(training_file):
     task: Any = SimpleNamespace(run=open_task(training_file()).run)
-    with pytest.raises(ConfigError, match="task 'class-to-image' on emoji has no pictures to compare"):
+    with pytest.raises(ConfigError, match="task 'class-to-image' draws no pictures of classes"):
         Evaluation(EvaluationConfig(every=1), task)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 from ditkit.models.d2it import GrainTransformer
 from ditkit.models.d2it_autoencoder import DualGrainAutoencoder
@@ -109,7 +110,9 @@ def test_compile_takes_yes_or_a_mode(training_file):
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same_and_keep_their_names(training_file, tmp_path):
     plain = train(training_file("plain", steps=4))
+    counters.clear()
     train(training_file("compiled", steps=4, compile=True, heldout_every=4))
+    assert counters["stats"]["unique_graphs"] and not counters["graph_break"]
     for one, other in zip(records(tmp_path / "plain"), records(tmp_path / "compiled"), strict=False):
         assert abs(one["loss"] - other["loss"]) <= 1e-4 * abs(one["loss"])
     one, other = weights(tmp_path / "plain"), weights(tmp_path / "compiled")

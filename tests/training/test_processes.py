@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -58,10 +59,10 @@ def alike(one: Path, other: Path) -> None:
     close(weights(one), weights(other))
 
 
-def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+def close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], atol: float = 1e-6) -> None:
     assert set(one) == set(other)
     for name in one:
-        torch.testing.assert_close(one[name], other[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=atol)
 
 
 def stopped_half_way(folder: Path, to: Path) -> None:
@@ -113,12 +114,58 @@ def test_objectives_on_shared_out_parameters(tmp_path, teacher):
     done = launched("shared-out", 29520, path)
     assert done.returncode and "no process has whole: launch without --use_fsdp" in done.stderr
     for stage in stages[:-1]:
-        logged = [tmp_path / output / stage["name"] / "metrics.jsonl" for output in ("one", "two")]
-        one, two = ([json.loads(line) for line in file.read_text().splitlines()] for file in logged)
+        one, two = ([*lines(tmp_path / output / stage["name"])] for output in ("one", "two"))
         assert len(one) == len(two) == 3
         for first, second in zip(one, two, strict=True):
             kept = set(first) - {"seconds_per_step"}
             assert all(abs(first[k] - second[k]) <= 1e-5 * max(1, abs(first[k])) for k in kept), stage["name"]
+
+
+@pytest.mark.slow
+def test_muon_orthogonalises_whole_matrices():
+    """Parts of a matrix, each orthogonalised for itself, would move somewhere else altogether."""
+    command = [*LAUNCH["copies"], COUNT["copies"], "--master_port=29522"]
+    done = subprocess.run(
+        [*command, str(Path(__file__).with_name("shared_muon.py"))],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["apart"] <= 1e-6 and told["moved"] > 5e-3, told
+
+
+@pytest.mark.slow
+@ways
+def test_what_saves_memory_and_time_goes_with_several_processes(way, training_file, tmp_path):
+    """Blocks computed again or compiled, and accumulation, in two processes, against none of them in one."""
+    plain = {**TINY_DIT, "steps": 3, "name": "plain"}
+    path = tmp_path / "one.yaml"
+    path.write_text(yaml.safe_dump({"output": str(tmp_path / "one"), "stages": [plain]}))
+    train(path)
+    options = {
+        "again": {"gradient_checkpointing": True, "accumulation": 2},
+        "all": {"gradient_checkpointing": True, "accumulation": 2, "compile": True},
+    }
+    stages = [{**plain, "name": name, **chosen} for name, chosen in options.items()]
+    path = tmp_path / "two.yaml"
+    path.write_text(yaml.safe_dump({"output": str(tmp_path / "two"), "stages": stages}))
+    launch(way, 29524 if way == "copies" else 29526, path)
+    for name, atol in (("again", 1e-6), ("all", 1e-5)):  # compiled blocks add up in another order
+        one, two = tmp_path / "one" / "plain", tmp_path / "two" / name
+        first, second = ([*lines(folder)] for folder in (one, two))
+        assert len(first) == len(second) == 3
+        for a, b in zip(first, second, strict=True):
+            assert abs(a["loss"] - b["loss"]) <= atol * max(1, abs(a["loss"])), name
+        saved = [ckpt.newest(folder / "checkpoints") for folder in (one, two)]
+        assert saved[0] is not None and saved[1] is not None
+        close(saved[0].tensors["ema"], saved[1].tensors["ema"], atol)
+
+
+def lines(folder: Path) -> Iterator[dict[str, float]]:
+    """What a stage logged."""
+    return map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
 
 
 def test_whole_tensors_stay_as_they_are():

@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from ditkit import models
+from ditkit.training import checkpoint
 from ditkit.training import trainer as training
 from ditkit.training.checkpoint import found, newest
 from ditkit.training.config import load
-from ditkit.training.trainer import TrainingError, learning_rate_factor, train
+from ditkit.training.schedule import learning_rate_factor
+from ditkit.training.trainer import TrainingError, train
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -76,7 +78,7 @@ def test_every_part_of_a_checkpoint_matters(training_file, tmp_path, monkeypatch
     train(path)
     whole = training_file("whole_constant", schedule={"kind": "constant"})
     train(whole)
-    read = training.ckpt.newest
+    read = newest
 
     def without(folder):
         saved = read(folder)
@@ -87,7 +89,7 @@ def test_every_part_of_a_checkpoint_matters(training_file, tmp_path, monkeypatch
                 saved.tensors[part] = {k: torch.zeros_like(v) for k, v in saved.tensors[part].items()}
         return saved
 
-    monkeypatch.setattr(training.ckpt, "newest", without)
+    monkeypatch.setattr(checkpoint, "newest", without)
     folder = tmp_path / "cut" / "tiny"
     (folder / "export").rename(folder / "earlier_export")
     train(training_file("cut", steps=6, schedule={"kind": "constant"}), resume=True)

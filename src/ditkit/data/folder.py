@@ -7,6 +7,7 @@ The metadata file is that of Hugging Face's imagefolder: `metadata.jsonl` or `me
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import sys
@@ -64,7 +65,7 @@ def _record(
     caption = row.get(text_column or "text")
     if caption is None:
         beside = path.with_suffix(".txt")
-        caption = beside.read_text(encoding="utf-8") if beside.is_file() else name_as_text(path.name)
+        caption = _text(beside) if beside.is_file() else name_as_text(path.name)
     label = row.get(label_column) if label_column else None
     name = path.relative_to(folder).as_posix()
     return Record(
@@ -99,14 +100,21 @@ def _metadata(folder: Path, label_column: str | None) -> dict[str, dict[str, Any
     return found
 
 
+def _text(file: Path, encoding: str = "utf-8") -> str:
+    try:
+        return file.read_text(encoding=encoding)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not a text in UTF-8: {error}") from error
+
+
 def _read_jsonl(file: Path) -> list[tuple[int, dict[str, Any]]]:
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_text(file).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}, line {number}: no JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{file}, line {number}: expected an object, got {type(row).__name__}")
@@ -115,6 +123,8 @@ def _read_jsonl(file: Path) -> list[tuple[int, dict[str, Any]]]:
 
 
 def _read_csv(file: Path) -> list[tuple[int, dict[str, Any]]]:
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
+    reader = csv.DictReader(io.StringIO(_text(file, "utf-8-sig"), newline=""))
+    try:
         return [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"{file}, line {reader.line_num}: no CSV: {error}") from error

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from ditkit.data.config import DataConfig
-from ditkit.data.latents import AUTOENCODER, FORMAT, MANIFEST, LatentCacheError
+from ditkit.data.latents import AUTOENCODER, FORMAT, MANIFEST, LatentCacheError, facts_of
 from ditkit.data.pictures import classes_of, open_records
 from ditkit.data.records import Records, Unreadable, to_tensor
 from ditkit.files import whole_file, write_text
@@ -125,15 +125,9 @@ def _open(folder: Path) -> Any:
 def _plan(data: DataConfig, records: Records, network: Any, options: CacheOptions) -> dict[str, Any]:
     """What the latents depend on; equal plans give equal shards."""
     config = {key: value for key, value in sorted(network.config.items()) if not key.startswith("_")}
-    names = "\n".join(row.name for row in records.rows)
     return {
         "format": FORMAT,
-        "pictures": {
-            "kind": data.kind,
-            "size": data.size,
-            "count": len(records),
-            "names_sha256": _digest(names.encode()),
-        },
+        "pictures": facts_of(data, records),
         "autoencoder": {
             "class": type(network).__name__,
             "config_sha256": _digest(json.dumps(config, default=str).encode()),

@@ -18,7 +18,8 @@ from safetensors import torch as safetensors
 
 from ditkit.data.config import DataConfig
 from ditkit.data.emoji import Split, is_held_out
-from ditkit.data.pictures import Pictures, open_pictures
+from ditkit.data.pictures import Pictures, open_pictures, open_records
+from ditkit.data.records import Records
 
 MANIFEST = "manifest.json"
 AUTOENCODER = "autoencoder"
@@ -72,6 +73,15 @@ class LatentSet:
     def __len__(self) -> int:
         return len(self.captions)
 
+    def are_of(self, data: DataConfig) -> bool:
+        """Whether these pictures, by their names, are those that they came from.
+
+        Raises:
+            FileNotFoundError, ValueError: see `ditkit.data.pictures.open_records`.
+        """
+        there, here = self.facts["pictures"], facts_of(data, open_records(data))
+        return all(there[name] == here[name] for name in ("count", "names_sha256"))
+
     def latents(self, indices: Any = slice(None)) -> torch.Tensor:
         """Latents (B, C, H, W), float32."""
         return self.samples[indices]
@@ -93,6 +103,17 @@ def open_samples(data: DataConfig, split: Split | None = None) -> Pictures | Lat
     return open_pictures(data, split)
 
 
+def facts_of(data: DataConfig, records: Records) -> dict[str, Any]:
+    """What a manifest tells of the pictures, without a path of the machine on which they lay."""
+    names = "\n".join(row.name for row in records.rows)
+    return {
+        "kind": data.kind,
+        "size": data.size,
+        "count": len(records),
+        "names_sha256": hashlib.sha256(names.encode()).hexdigest(),
+    }
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The facts on a finished folder of latents.
 
@@ -111,7 +132,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
         known = facts["format"] == FORMAT and isinstance(facts["shards"], list)
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
         raise LatentCacheError(
             f"{file} is damaged ({error!r}): run `ditkit data cache-latents` again"
         ) from error

@@ -128,7 +128,7 @@ def _record(
     if (key, ".json") in texts:
         try:
             facts = json.loads(texts[key, ".json"])
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{name}.json: no JSON: {error}") from error
         if not isinstance(facts, dict):
             raise ValueError(f"{name}.json: expected an object, got {type(facts).__name__}")

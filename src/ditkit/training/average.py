@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
 from diffusers.training_utils import EMAModel
@@ -19,3 +20,21 @@ class WeightAverage(EMAModel):
         self.cur_decay_value = self.get_decay(self.optimization_step)
         # EMAModel makes three passes and two temporaries of each tensor, on a CPU six times the time.
         torch._foreach_lerp_(self.shadow_params, list(parameters), 1 - self.cur_decay_value)
+
+
+@contextlib.contextmanager
+def in_place(
+    module: nn.Module, average: WeightAverage | None, parameters: list[nn.Parameter]
+) -> Iterator[None]:
+    """`module` in evaluation, with the average, if there is one, in place of its trained parameters."""
+    training = module.training
+    module.eval()
+    if average:
+        average.store(parameters)
+        average.copy_to(parameters)
+    try:
+        yield
+    finally:
+        if average:
+            average.restore(parameters)
+        module.train(training)

@@ -120,7 +120,7 @@ def read(path: Path) -> Checkpoint:
                 raise ValueError(f"{name} is not the file that was written")
             tensors[file.stem] = load_file(file)
         return Checkpoint(record["step"], tensors, record["state"])
-    except (KeyError, TypeError, AttributeError, OSError, SafetensorError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, OSError, SafetensorError, RecursionError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 

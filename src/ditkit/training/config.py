@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ditkit.data.config import DataConfig, Section
 from ditkit.files import write_text
+from ditkit.training.chosen import read_options
 
 ODD = (ValueError, RecursionError)
 """What PyYAML raises beside its own errors: for other bytes than UTF-8, a 13th month, a thousand brackets."""
@@ -70,6 +71,7 @@ class EvaluationConfig(Section):
             None: hand-made ones.
         neighbours: k of precision and recall.
         inception: file or folder of the Inception network's weights, for FID and inception score.
+        data: the pictures that cached latents came from, on which alone the run is trained otherwise.
     """
 
     every: int = Field(ge=1)
@@ -78,6 +80,7 @@ class EvaluationConfig(Section):
     teacher: str | None = None
     neighbours: int = Field(default=3, ge=1)
     inception: Path | None = None
+    data: DataConfig | None = None
 
     @model_validator(mode="after")
     def _enough(self) -> EvaluationConfig:
@@ -137,10 +140,8 @@ class RunConfig(Section):
     def _known_objectives(cls, chosen: Any) -> Any:
         if not isinstance(chosen, dict) or not chosen:
             return chosen
-        from ditkit.training import objectives  # needs torch, which a file without objectives does not
-
         chosen = {name: {} if options is None else options for name, options in chosen.items()}
-        objectives.read_options(chosen)
+        read_options(chosen)
         return chosen
 
     @field_validator("precision", mode="before")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ditkit.analysis.inception import Inception, inception_score
 from ditkit.analysis.quality import Yardstick, features, frechet_distance, frequent_labels, resized
+from ditkit.data.config import DataConfig
 from ditkit.data.latents import LatentSet
 from ditkit.data.pictures import class_labels, open_pictures
 from ditkit.models.teachers import Teacher, load_teacher
@@ -34,7 +35,8 @@ class Evaluation:
 
     Args:
         config: what is asked for.
-        task: that draws; what it is trained on is compared with.
+        task: that draws; what it is trained on is compared with. Where that is cached latents, which hold no
+            pictures, those they came from (`config.data`); what is drawn is decoded by their autoencoder.
 
     Raises:
         ConfigError: the task draws no classes, its data are no pictures, or a network is not at hand.
@@ -42,9 +44,10 @@ class Evaluation:
 
     def __init__(self, config: EvaluationConfig, task: Task) -> None:
         self.config = config
-        where, source = f"{task.run.name}.evaluation", task.run.data
-        if not hasattr(task, "sample") or isinstance(getattr(task, "pictures", None), LatentSet):
-            raise ConfigError(f"{where}: task {task.run.task!r} on {source.kind} has no pictures to compare")
+        where = f"{task.run.name}.evaluation"
+        if not hasattr(task, "sample"):
+            raise ConfigError(f"{where}: task {task.run.task!r} draws no pictures of classes; leave it out")
+        source = _true_pictures(config, task, where)
         try:
             self._inception = Inception(config.inception) if config.inception else None
             teacher = load_teacher(config.teacher, task.model_folder) if config.teacher else None
@@ -77,6 +80,30 @@ class Evaluation:
             figures["fid"] = frechet_distance(found, self._true)
             figures["inception_score"] = inception_score(logits)
         return figures
+
+
+def _true_pictures(config: EvaluationConfig, task: Task, where: str) -> DataConfig:
+    """Where the pictures are that the task is trained on, itself or in latents."""
+    latents = getattr(task, "pictures", None)
+    if not isinstance(latents, LatentSet):
+        if config.data is not None:
+            raise ConfigError(f"{where}.data: the run's own data are pictures already; leave it out")
+        return task.run.data
+    if config.data is None:
+        raise ConfigError(
+            f"{where}: cached latents have no pictures to compare with: name those that they came from, "
+            "evaluation.data: {kind: folder, path: ...}"
+        )
+    try:
+        same = latents.are_of(config.data)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{where}.data: {error}") from error
+    if not same:
+        raise ConfigError(
+            f"{where}.data: the latents in {latents.folder} came from other pictures "
+            f"({latents.facts['pictures']['count']} of kind {latents.facts['pictures']['kind']})"
+        )
+    return config.data.model_copy(update={"size": latents.facts["pictures"]["size"]})
 
 
 def draw(task: Any, labels: Tensor, seed: int, steps: int | None = None) -> Tensor:

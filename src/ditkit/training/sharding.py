@@ -71,6 +71,19 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def gather(tensors: dict[str, Tensor], here: bool) -> dict[str, Tensor]:
+    """What is shared out put together where it is wanted `here`, and empty elsewhere; every process has to
+    ask. Tensors that are whole already stay where they are."""
+    if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        return tensors
+    kept = {}
+    for name, tensor in tensors.items():  # one at a time: no device has to hold them all
+        tensor = whole(tensor)
+        if here:
+            kept[name] = tensor.cpu()
+    return kept
+
+
 def part_like(tensor: Tensor, like: Tensor) -> Tensor:
     """This process's part of a whole tensor that is to lie as `like` does; `tensor` where that is whole."""
     if not isinstance(like, DTensor):

@@ -14,9 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from safetensors import SafetensorError
 
 from ditkit.training import checkpoint as ckpt
-from ditkit.training import trainer as training
+from ditkit.training import loop
+from ditkit.training import records as records_file
 from ditkit.training.tasks.class_to_image import ClassToImageTask
 from ditkit.training.trainer import TrainingError, train
 from training_recipes import records, weights
@@ -82,6 +85,41 @@ def test_no_space_left_while_any_file_is_written(training_file, tmp_path, monkey
         patch.setattr(Path, "write_text", write_text)
         with pytest.raises(TrainingError, match=r"step 4 .*No space left.*step-00000002 is kept"):
             train(path)
+    train(path, resume=True)
+    equal(tmp_path / "full", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("what", ["the export", "what step 4 gave", "step-00000004.png"])
+def test_no_space_left_for_anything_else(training_file, tmp_path, monkeypatch, what):
+    changes = {"sample_every": 2}
+    train(training_file("whole", **changes))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def export(self: Any, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "half").write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    add, step = records_file.add, [0]
+
+    def some(folder: Path, number: int, figures: Any) -> None:
+        step[0] = number
+        full() if what == "what step 4 gave" and number == 4 else add(folder, number, figures)
+
+    path = training_file("full", **changes)
+    with monkeypatch.context() as patch:
+        patch.setattr(records_file, "add", some)
+        if what == "the export":
+            patch.setattr(ClassToImageTask, "export", export)
+        elif what.endswith("png"):
+            save = Image.Image.save
+            patch.setattr(Image.Image, "save", lambda *given: full() if step[0] == 4 else save(*given))
+        last = "step-00000006" if what == "the export" else "step-00000002"
+        with pytest.raises(TrainingError, match=rf"{what} could not be .*No space left.*{last} is kept"):
+            train(path)
+    assert not (tmp_path / "full/tiny/.export.part").exists()
     train(path, resume=True)
     equal(tmp_path / "full", tmp_path / "whole")
 
@@ -214,7 +252,7 @@ def test_a_part_that_is_of_another_time_is_noticed(training_file, tmp_path, monk
             saved.state["ema"]["optimization_step"] = 0
         return saved
 
-    monkeypatch.setattr(training.ckpt, "newest", other)
+    monkeypatch.setattr(ckpt, "newest", other)
     train(cut, resume=True)
     one, two = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert any(not torch.equal(one[name], two[name]) for name in one)
@@ -244,7 +282,7 @@ def test_a_loss_that_is_not_finite_can_be_passed_over(training_file, tmp_path, m
 
 
 def test_skipping_for_ever_stops(training_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "MOST_SKIPPED", 3)
+    monkeypatch.setattr(loop, "MOST_SKIPPED", 3)
     with pytest.raises(TrainingError, match=r"4 steps in a row .*skip_grad_norm=1e-09"):
         train(training_file(steps=9, optimizer={"lr": 1e-3, "skip_grad_norm": 1e-9}))
 
@@ -261,7 +299,7 @@ def test_weights_that_are_not_finite_are_not_saved(training_file, tmp_path, monk
         return result
 
     monkeypatch.setattr(torch.optim.AdamW, "step", breaking)
-    monkeypatch.setattr(training.math, "isfinite", lambda value: True)
+    monkeypatch.setattr(loop.math, "isfinite", lambda value: True)
     with pytest.raises(TrainingError, match=r"not finite; they are not saved\. .*step-00000002 is kept"):
         train(training_file())
     saved = ckpt.newest(tmp_path / "run/tiny/checkpoints")

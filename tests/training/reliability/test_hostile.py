@@ -1,4 +1,7 @@
-"""What training reads may be anything: it is refused in words, runs nothing and fills no memory."""
+"""What training reads may be anything: it is refused in words, runs nothing, hangs nowhere, fills no memory.
+
+`DITKIT_CASES=10000` draws so many damaged files of each kind; a thousand otherwise.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import json
 import os
 import random
 import struct
+import tarfile
+import time
 import warnings
 import zlib
 from collections.abc import Callable
@@ -21,17 +26,21 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ditkit import registry
 from ditkit.data.folder import folder_records
 from ditkit.data.latents import LatentCacheError, read_manifest
 from ditkit.data.pictures import open_pictures
 from ditkit.data.records import PictureError, Record
+from ditkit.data.webdataset import webdataset_records
 from ditkit.models.convert import ConversionError
 from ditkit.models.weight_files import read_weights
 from ditkit.training import checkpoint as ckpt
 from ditkit.training.config import ConfigError, RunConfig, load
 from training.conftest import TINY_DIT
 
-CASES = 1000
+CASES = int(os.environ.get("DITKIT_CASES", "1000"))
+LONGEST = 1.0  # seconds of processor time for a file of a few hundred bytes
+MOST = 64 * 2**20  # bytes for all of them: far below what a header can claim
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
@@ -52,16 +61,39 @@ def altered(chance: random.Random, data: bytes) -> bytes:
     return bytes(changed)
 
 
-def refused(cases: int, make: Callable[[random.Random], Any], read: Callable[[Any], Any], kinds: Any) -> int:
-    """Read so many cases; whatever is raised is of `kinds`. How many were refused."""
-    count = 0
+def refused(
+    cases: int,
+    make: Callable[[random.Random], Any],
+    read: Callable[[Any], Any],
+    kinds: Any,
+    most: float = MOST,
+) -> int:
+    """Read so many cases, in little time and `most` bytes; whatever is raised is of `kinds`. How many were
+    refused."""
+    count, before = 0, 0
     for number in range(cases):
-        case = make(random.Random(number))
+        case, started = make(random.Random(number)), time.process_time()
         try:
             read(case)
         except kinds:
             count += 1
+        if number:  # at the first, modules are imported
+            assert time.process_time() - started < LONGEST, f"case {number}: {case!r}"
+        else:
+            before = most_memory(anew=True)
+    assert most_memory() - before < most
     return count
+
+
+def most_memory(anew: bool = False) -> int:
+    """The most bytes that were resident, since it was last asked for `anew`; 0 where Linux does not tell."""
+    try:
+        if anew:
+            Path("/proc/self/clear_refs").write_text("5")
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
 
 
 def test_safetensors_headers(tmp_path):
@@ -98,6 +130,8 @@ def test_checkpoints(tmp_path):
     for record in ([], 3, None, {"sha256": 5}, {"sha256": {"../../x": "0"}, "step": 1, "state": {}}):
         with pytest.raises(ValueError):
             read(json.dumps(record).encode())
+    with pytest.raises(ValueError, match="RecursionError"):
+        read(b"[" * 100_000)
 
 
 def test_training_files(tmp_path):
@@ -122,6 +156,7 @@ def test_training_files(tmp_path):
         1.5,
     ]
     keys = [*RunConfig.model_fields, "output", "stages", "nonsense"]
+    registry.entries("objective")  # else the first file that names one imports them all
 
     def make(chance: random.Random) -> bytes:
         if chance.random() < 0.5:
@@ -181,7 +216,7 @@ class Touch:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize("suffix", ["pt", "ckpt", "pth", "bin", "npy", "safetensors"])
+@pytest.mark.parametrize("suffix", ["pt", "ckpt", "pth", "bin", "npy", "joblib", "safetensors"])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_pickles_run_nothing(tmp_path, suffix, zipped):
     """Wherever weights, pictures or latents are read."""
@@ -223,7 +258,9 @@ def test_pictures(kind):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert refused(CASES, lambda chance: altered(chance, data), read, PictureError) > CASES // 20
+        # A picture unfolds to what its header says, up to the number at which Pillow refuses it.
+        most = 2 * 4 * 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        assert refused(CASES, lambda chance: altered(chance, data), read, PictureError, most) > CASES // 20
 
 
 def test_a_picture_that_claims_to_be_huge():
@@ -237,25 +274,77 @@ def test_a_picture_that_claims_to_be_huge():
         Record("some.png", "", None, lambda: io.BytesIO(data)).pixels(8)
 
 
-def test_json_beside_pictures(tmp_path):
-    """`metadata.jsonl` of a folder and the manifest of cached latents."""
-    picture = tmp_path / "a.png"
-    picture.write_bytes(encoded("PNG"))
-    line = json.dumps({"file_name": "a.png", "text": "a sheep", "kind": "animal"}).encode()
+def picture_folder(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "a.png").write_bytes(encoded("PNG"))
+    return folder
+
+
+TABLES = {
+    "jsonl": json.dumps({"file_name": "a.png", "text": "a sheep", "kind": "animal"}),
+    "csv": 'file_name,text,kind\na.png,"a sheep, shorn",animal\nb.png,"a ""b""",none\n',
+}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_tables_beside_pictures(tmp_path, kind):
+    folder = picture_folder(tmp_path / "pictures")
+
+    def read(case: bytes) -> None:
+        (folder / f"metadata.{kind}").write_bytes(case)
+        folder_records(folder, label_column="kind")
+
+    read(f"{TABLES[kind]}\n".replace("sheep", "\u2028sheep").encode())  # no end of a line
+    good = TABLES[kind].encode()
+    assert refused(CASES, lambda chance: altered(chance, good), read, ValueError) > CASES // 4
+    for odd in (b"[" * 100_000, b"\0", b'"' + b"x" * 200_000, b"\xff", b"file_name\n" * 3 + b'"'):
+        with pytest.raises(ValueError, match=rf"metadata\.{kind}"):
+            read(odd)
+
+
+def test_manifests_of_latents(tmp_path):
     manifest = json.dumps({"format": 1, "shards": [{"name": "latents-00000", "sha256": "0"}]}).encode()
 
-    def metadata(case: bytes) -> None:
-        (tmp_path / "metadata.jsonl").write_bytes(case)
-        folder_records(tmp_path, label_column="kind")
-
-    def latents(case: bytes) -> None:
+    def read(case: bytes) -> None:
         (tmp_path / "manifest.json").write_bytes(case)
         read_manifest(tmp_path)
 
-    assert refused(CASES // 2, lambda chance: altered(chance, line), metadata, ValueError) > CASES // 8
-    assert (
-        refused(CASES // 2, lambda chance: altered(chance, manifest), latents, LatentCacheError) > CASES // 8
-    )
+    assert refused(CASES, lambda chance: altered(chance, manifest), read, LatentCacheError) > CASES // 4
+    with pytest.raises(LatentCacheError, match="damaged"):
+        read(b"[" * 100_000)
+
+
+def test_shards(tmp_path):
+    """A .tar of two pictures with a text and a JSON beside them; mostly its headers are altered."""
+    shard = tmp_path / "shard.tar"
+    with tarfile.open(shard, "w") as archive:
+        for name, data in {
+            "a.png": encoded("PNG"),
+            "a.txt": b"a sheep",
+            "b.png": encoded("PNG"),
+            "b.json": b'{"text": "b"}',
+        }.items():
+            facts = tarfile.TarInfo(name)
+            facts.size = len(data)
+            archive.addfile(facts, io.BytesIO(data))
+    whole = shard.read_bytes()[: 10 * 512]
+    headers = [place for place in range(0, len(whole), 512) if whole[place + 257 : place + 262] == b"ustar"]
+
+    def make(chance: random.Random) -> bytes:
+        if chance.random() < 0.3:
+            return altered(chance, whole)
+        changed = bytearray(whole)
+        for _ in range(chance.randint(1, 3)):
+            changed[chance.choice(headers) + chance.randrange(512)] = chance.randrange(256)
+        return bytes(changed)
+
+    def read(case: bytes) -> None:
+        shard.write_bytes(case)
+        for record in webdataset_records(shard).rows:
+            record.pixels(8)
+
+    kinds = (ValueError, FileNotFoundError)  # the latter: no picture is left
+    assert refused(CASES, make, read, kinds) > CASES // 4
 
 
 def test_a_few_damaged_pictures_among_thousands(tmp_path, caplog):

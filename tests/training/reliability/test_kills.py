@@ -1,4 +1,7 @@
-"""Twenty SIGKILLs at random moments, half of them while a checkpoint is written, cost nothing but time."""
+"""SIGKILLs at random moments, half of them while a checkpoint is written, cost nothing but time.
+
+`DITKIT_KILLS=30` sets how many; twenty otherwise.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,12 @@ import torch
 from ditkit.training.trainer import train
 from training_recipes import records, weights
 
-KILLS = 20
+KILLS = int(os.environ.get("DITKIT_KILLS", "20"))
 
 
 @pytest.mark.slow
-def test_twenty_kills_end_in_the_same_weights(training_file, tmp_path):
-    run = {"steps": 150, "checkpoint_every": 3, "heldout_every": 50}
+def test_kills_end_in_the_same_weights(training_file, tmp_path):
+    run = {"steps": 8 * KILLS, "checkpoint_every": 3, "heldout_every": 50}
     train(training_file("whole", **run))
     command = [sys.executable, Path(__file__).with_name("lives.py"), training_file("killed", **run), KILLS, 7]
     done = subprocess.run(

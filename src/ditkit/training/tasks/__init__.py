@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from pathlib import Path
 
+from ditkit.training.config import RunConfig
 from ditkit.training.tasks.base import Task
 
 _HOMES = {
@@ -39,4 +41,23 @@ def find(name: str) -> type[Task]:
     return getattr(importlib.import_module(module), attribute)
 
 
-__all__ = ["Task", "find"]
+def create(run: RunConfig, folder: Path, earlier: dict[str, Path]) -> Task:
+    """What a stage trains: its task, or an adapter on it.
+
+    Args:
+        run: the stage.
+        folder: its own.
+        earlier: the folders of the stages before it, by name.
+
+    Raises:
+        ConfigError: an option that does not fit.
+    """
+    task = find(run.task)(run, folder, earlier)
+    if run.adapter is None:
+        return task
+    from ditkit.training.tasks.adapted import Adapted  # needs peft, which no other run does
+
+    return Adapted(task, run.adapter)
+
+
+__all__ = ["Task", "create", "find"]
