@@ -2,8 +2,8 @@
 
 Written anew after what public DiT training scripts do, without a handicap: a DiT with fused qkv and
 `scaled_dot_product_attention`, Gaussian diffusion with learned variance, AdamW, an average of the weights
-updated parameter by parameter in Python, float32. Parameter names are those of the DiT checkpoints, so both
-sides start from the same weights.
+updated parameter by parameter in Python, float32 or autocast to bf16. Parameter names are those of the DiT
+checkpoints, so both sides start from the same weights.
 
 Dimensions: B batch, C channels, H x W latent, P patch size, T tokens, D width.
 """
@@ -156,7 +156,7 @@ class Diffusion:
 
     def loss(self, model: UsualDiT, clean: Tensor, t: Tensor, noise: Tensor, labels: Tensor, dropped: Tensor):
         state = self.take(self.signal, t, clean) * clean + self.take(self.spread, t, clean) * noise
-        output = model(state, t, labels, dropped)
+        output = model(state, t, labels, dropped).float()
         predicted, between = output.chunk(2, dim=1)
         mse = (noise - predicted).square().mean(dim=(1, 2, 3))
         return (mse + self.bound(predicted.detach(), between, clean, state, t)).mean()
@@ -189,8 +189,9 @@ def _cdf(x: Tensor) -> Tensor:
 class UsualScript:
     """Network, average, optimizer; `step` is one turn of the script's loop."""
 
-    def __init__(self, model: UsualDiT, lr: float = 1e-4, decay: float = 0.9999) -> None:
+    def __init__(self, model: UsualDiT, lr: float = 1e-4, decay: float = 0.9999, bf16: bool = False) -> None:
         self.model, self.decay, self.diffusion = model.train(), decay, Diffusion()
+        self.bf16 = bf16
         self.average = copy.deepcopy(model).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             [p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0
@@ -198,7 +199,8 @@ class UsualScript:
 
     def step(self, clean: Tensor, labels: Tensor, t: Tensor, noise: Tensor, dropped: Tensor) -> float:
         """One update from latents (B, C, H, W), labels, times 0..999 and drops (B,); the loss."""
-        loss = self.diffusion.loss(self.model, clean, t, noise, labels, dropped)
+        with torch.autocast(clean.device.type, torch.bfloat16, enabled=self.bf16):
+            loss = self.diffusion.loss(self.model, clean, t, noise, labels, dropped)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

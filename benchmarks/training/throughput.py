@@ -3,9 +3,9 @@
     python -m benchmarks.training.throughput [--sizes s b] [--rounds 5] [--batch 8]
 
 Both train a DiT/2 on 32 x 32 x 4 latents held in memory: one step of the trainer (draws, loss with learned
-variance, backward, AdamW, average) and one of `benchmarks.peers.usual_script` take turns, in
-float32 on both sides and then with the trainer's bf16 default against the script's float32. Then both train
-a tiny DiT from the same weights with the same noise: the loss curves must be the same. Last, where the
+variance, backward, AdamW, average) and one of `benchmarks.peers.usual_script` take turns, in float32 on both
+sides, in bf16 on both sides, and with the trainer's bf16 default against the script's float32. Then both
+train a tiny DiT from the same weights with the same noise: the loss curves must be the same. Last, where the
 trainer's time goes.
 """
 
@@ -38,6 +38,8 @@ console = Console()
 SEED, CLASSES, RATE, DROPOUT = 0, 1000, 1e-4, 0.1  # rate and dropout as DiT; it clips no gradients
 EQUAL, FASTER = 1.15, 2.0  # targets at equal precision, and of bf16 over float32
 TINY = {"depth": 4, "hidden_size": 64, "num_heads": 4}
+CASES = {"float32": ("no", False), "bf16": ("bf16", True), "bf16-float32": ("bf16", False)}
+"""By name: the trainer's precision, and whether the script runs in bf16."""
 MATRICES = ("mm", "matmul", "linear", "convolution", "attention", "mkldnn")  # in the names of operators
 
 
@@ -86,12 +88,14 @@ def trainer(
     return Trainer(run, folder, task, Accelerator(mixed_precision=precision, cpu=True))
 
 
-def script(ours: Trainer, dimensions: dict[str, int], side: int, rate: float = RATE) -> UsualScript:
+def script(
+    ours: Trainer, dimensions: dict[str, int], side: int, bf16: bool, rate: float = RATE
+) -> UsualScript:
     """The usual script with a copy of a trainer's weights."""
     depth, width, heads = (dimensions[name] for name in ("depth", "hidden_size", "num_heads"))
     model = UsualDiT(side, 2, 4, width, depth, heads, CLASSES)
     model.load_state_dict(ours.task.model.state_dict())  # type: ignore[union-attr, operator]
-    return UsualScript(model, rate)
+    return UsualScript(model, rate, bf16=bf16)
 
 
 def usual_step(usual: UsualScript, samples: Tensor, labels: Tensor, batch: int) -> float:
@@ -101,12 +105,13 @@ def usual_step(usual: UsualScript, samples: Tensor, labels: Tensor, batch: int) 
     return usual.step(clean, labels[rows], t, torch.randn_like(clean), dropped)
 
 
-def steps_in_turns(size: str, precision: str, batch: int, rounds: int, clock: str) -> dict[str, Any]:
+def steps_in_turns(size: str, case: str, batch: int, rounds: int, clock: str) -> dict[str, Any]:
     """Milliseconds of a step of both, and how many times as fast ours is."""
     side = 32
+    precision, bf16 = CASES[case]
     with tempfile.TemporaryDirectory() as folder:
         ours = trainer(SIZES[size], side, batch, precision, Path(folder))
-        usual = script(ours, SIZES[size], side)
+        usual = script(ours, SIZES[size], side, bf16)
         samples, labels = latents(256, side)
         runs: dict[str, Callable[[], Any]] = {
             "ours": ours._train_step,
@@ -134,12 +139,13 @@ def share_of_matrices(ours: Trainer) -> dict[str, Any]:
     return {"matrices": products / total, "operators": {name: time / total for name, time in costly}}
 
 
-def curves(precision: str, steps: int, batch: int = 8, side: int = 16) -> tuple[list[float], list[float]]:
+def curves(case: str, steps: int, batch: int = 8, side: int = 16) -> tuple[list[float], list[float]]:
     """The losses of both over the same steps of a tiny DiT, at a rate at which they fall."""
     rate = 10 * RATE
+    precision, bf16 = CASES[case]
     with tempfile.TemporaryDirectory() as folder:
         ours = trainer(TINY, side, batch, precision, Path(folder), rate)
-        usual = script(ours, TINY, side, rate)
+        usual = script(ours, TINY, side, bf16, rate)
         task: Any = ours.task
         mine, theirs = [], []
         for step in range(steps):
@@ -170,8 +176,12 @@ def claims(rows: dict[str, dict[str, Any]], courses: dict[str, Any]) -> list[Cla
     distances = {precision: apart(course) for precision, course in courses.items()}
     found = []
     for name, row in rows.items():
-        size, precision = name.split()
-        target, kind = (EQUAL, "in float32") if precision == "no" else (FASTER, "in bf16, against float32,")
+        size, case = name.split()
+        target, kind = {
+            "float32": (EQUAL, "in float32"),
+            "bf16": (EQUAL, "in bf16, as the script,"),
+            "bf16-float32": (FASTER, "in bf16, against float32,"),
+        }[case]
         rates = row["images_a_second"]
         found.append(
             Claim(
@@ -180,11 +190,10 @@ def claims(rows: dict[str, dict[str, Any]], courses: dict[str, Any]) -> list[Cla
                 "on the same loss curve",
                 "ditkit",
                 f"{row['times_as_fast']:.2f} times: {rates['ours']:.2f} images a second, the script "
-                f"{rates['usual script']:.2f}; losses at most {100 * distances[precision]:.2g} % apart over "
-                f"{len(courses[precision][0])} steps of a tiny DiT ({courses[precision][1][0]:.3f} to "
-                f"{courses[precision][1][-1]:.3f})",
-                row["times_as_fast"] >= target
-                and distances[precision] < (0.001 if precision == "no" else 0.02),
+                f"{rates['usual script']:.2f}; losses at most {100 * distances[case]:.2g} % apart over "
+                f"{len(courses[case][0])} steps of a tiny DiT ({courses[case][1][0]:.3f} to "
+                f"{courses[case][1][-1]:.3f})",
+                row["times_as_fast"] >= target and distances[case] < (0.001 if case == "float32" else 0.02),
                 f"{100 * row['matrices']:.0f} % of the trainer's step is products of matrices and attention; "
                 f"32 x 32 x 4 latents in memory, {torch.get_num_threads()} thread(s), a processor with "
                 f"{bf16_instructions()}",
@@ -197,16 +206,16 @@ def main() -> None:
     parser = arguments(__file__, __doc__)
     add_options(parser, rounds=5)
     parser.add_argument("--sizes", nargs="+", choices=["s", "b"], default=["s", "b"])
-    parser.add_argument("--precisions", nargs="+", choices=["no", "bf16"], default=["no", "bf16"])
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=30, help="of the loss curves")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    courses = {precision: curves(precision, options.steps) for precision in options.precisions}
-    cases = [(size, precision) for size in options.sizes for precision in options.precisions]
+    courses = {case: curves(case, options.steps) for case in options.cases}
+    pairs = [(size, case) for size in options.sizes for case in options.cases]
     rows = {
-        f"{size} {precision}": steps_in_turns(size, precision, options.batch, options.rounds, options.clock)
-        for size, precision in track(cases, description="cases")
+        f"{size} {case}": steps_in_turns(size, case, options.batch, options.rounds, options.clock)
+        for size, case in track(pairs, description="cases")
     }
     written = claims(rows, courses)
     for claim in written:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,19 @@ def test_channel_attention_can_be_left_out() -> None:
     model = CASES["dico"].model(channel_attention=False)
     assert not [name for name in model.state_dict() if ".ca." in name]
     assert model(*inputs(model)).sample.isfinite().all()
+
+
+def test_weights_lie_in_memory_as_the_maps_do(tmp_path: Path) -> None:
+    """A convolution would lay them out anew in every call, a tenth of the time of DiCo-B."""
+    model = CASES["dico"].model()
+    model.save_pretrained(tmp_path)
+    for found in (
+        model,
+        DiCo.from_pretrained(tmp_path),
+        DiCo.from_pretrained(tmp_path, output_loading_info=True)[0],
+    ):
+        weight = found.down1_2.body[0].weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
 
 
 @pytest.mark.parametrize("form", ["depthwise", "cross-attention"])

@@ -98,6 +98,13 @@ def test_objectives_on_shared_out_parameters(tmp_path, teacher):
     stages = []
     for name in ("both", "switch-prior", "distillation", "haste", "sra"):
         stages.append({**TINY_DIT, "steps": 3, "name": name, **changes(name, teacher)})
+    convolutions = {
+        "arch": "dico",
+        "process": "flow",
+        "pixels": 8,
+        "model": {"hidden_size": 8, "depth": [1] * 5},
+    }
+    stages.insert(0, {**TINY_DIT, "steps": 3, "name": "channels-last", "task_options": convolutions})
     path = tmp_path / "one.yaml"
     path.write_text(yaml.safe_dump({"output": str(tmp_path / "one"), "stages": stages[:-1]}))
     train(path)

@@ -252,6 +252,18 @@ class DiCo(ClassConditionalModel):
         self.decoder_level_1 = level(2 * width, depth[4])
         self.final_layer = _ConvHead(2 * width, self.out_channels)
         self.initialize_weights()
+        self.to(memory_format=torch.channels_last)
+
+    @classmethod
+    def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
+        """As diffusers does it; the weights lie in memory as those of a fresh model.
+
+        A convolution on maps with channels last lays out its weights anew in every call, unless they lie so.
+        """
+        loaded = super().from_pretrained(*arguments, **options)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with `output_loading_info`
+        model.to(memory_format=torch.channels_last)
+        return loaded
 
     @property
     def text_channels(self) -> int | None:

@@ -55,6 +55,8 @@ def shard(module: nn.Module, device: torch.device, processes: int) -> Any:
     """
     mesh = init_device_mesh(device.type, (processes,))
     frozen = {parameter for parameter in module.parameters() if not parameter.requires_grad}
+    for parameter in module.parameters():  # `fully_shard` wants them so, not with channels last
+        parameter.data = parameter.data.contiguous()
     blocks = {name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}
     for part in reversed(list(module.modules())[1:]):  # the inner ones before those around them
         units = [part.get_submodule(name) for name in getattr(part, "_called_outside_block", ())]

@@ -31,6 +31,7 @@ from ditkit.training import networks, optimizers, provenance, sharding
 from ditkit.training.average import WeightAverage
 from ditkit.training.evaluation import Evaluation
 from ditkit.training.order import BatchNoise, SampleOrder, mix, split_rows
+from ditkit.training.short_attention import short_attention
 from ditkit.training.tasks import Task, find
 
 console = Console(stderr=True)
@@ -220,9 +221,10 @@ class Trainer:
                 if self.sharded:
                     self.model.set_requires_gradient_sync(accelerator.sync_gradients)
                 noise = BatchNoise(run.seed, self.step, run.batch_size, rows, accelerator.device)
-                with accelerator.autocast():
-                    losses = self.model(indices[rows].to(accelerator.device), noise)
-                accelerator.backward(losses["loss"])
+                with short_attention(accelerator.device):
+                    with accelerator.autocast():
+                        losses = self.model(indices[rows].to(accelerator.device), noise)
+                    accelerator.backward(losses["loss"])
                 taken = not accelerator.sync_gradients or self._fit_gradient()
                 for optimizer in self.optimizers:
                     if taken:
