@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ditkit.analysis.quality import resized
+from ditkit.analysis.drawing import resized
 from ditkit.analysis.sampling import Sampling, sample
 from ditkit.data.emoji import GROUPS, EmojiDataset
 from ditkit.data.pictures import grid

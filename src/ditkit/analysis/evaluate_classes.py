@@ -14,8 +14,9 @@ from typing import Any
 
 from PIL import Image
 
+from ditkit.analysis.drawing import frequent_labels, resized
 from ditkit.analysis.evaluate import draw
-from ditkit.analysis.quality import Yardstick, frequent_labels, resized
+from ditkit.analysis.quality import Yardstick
 from ditkit.data.config import DataConfig
 from ditkit.data.emoji import GROUPS
 from ditkit.data.pictures import class_labels, grid, open_pictures
