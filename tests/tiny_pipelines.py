@@ -12,6 +12,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
@@ -19,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTextModelWithProjection,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
@@ -29,9 +32,9 @@ from transformers import (
 WORDS = ("red", "apple", "green", "rocket", "cat", "face", "blue", "sun", "heart", "fish")
 
 
-def word_tokenizer(length: int = 8) -> PreTrainedTokenizerFast:
-    """One token per word of `WORDS`."""
-    vocabulary = {word: i for i, word in enumerate(("<pad>", "<unk>", "</s>", *WORDS))}
+def word_tokenizer(length: int = 8, words: tuple[str, ...] = WORDS) -> PreTrainedTokenizerFast:
+    """One token per word."""
+    vocabulary = {word: i for i, word in enumerate(("<pad>", "<unk>", "</s>", *words))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
@@ -102,6 +105,56 @@ def flux(seed: int = 0, double: int = 2, single: int = 2, guidance_embeds: bool 
     )
     pipe.default_sample_size = 8
     pipe.tokenizer_max_length = 8
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def flux_dev(seed: int = 0) -> FluxPipeline:
+    """As `flux`, in the form of FLUX.1-dev: two tokenizers of other words and lengths, a guidance scale that
+    is read, latents that are shifted and scaled, times shifted by the number of tokens."""
+    pipe = flux(seed, guidance_embeds=True)
+    pipe.register_modules(
+        tokenizer_2=word_tokenizer(12, WORDS[::-1]),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    )
+    pipe.vae.register_to_config(shift_factor=0.1159, scaling_factor=0.3611)
+    return pipe
+
+
+def sd3(seed: int = 0) -> StableDiffusion3Pipeline:
+    """StableDiffusion3Pipeline: 16 px pictures in 4x4 tokens, 8 + 12 text tokens, width 32."""
+    plain = flux(seed)
+    plain.vae.register_to_config(shift_factor=0.0609, scaling_factor=1.5305)
+    encoder = CLIPTextModelWithProjection(plain.text_encoder.config)
+    other = CLIPTextModelWithProjection(plain.text_encoder.config)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pooled_projection_dim=32,
+        pos_embed_max_size=8,
+    )
+    _wake(transformer)
+    t5 = T5EncoderModel(
+        T5Config(vocab_size=13, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0)
+    )
+    pipe = StableDiffusion3Pipeline(
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=plain.vae,
+        text_encoder=encoder.eval(),
+        tokenizer=plain.tokenizer,
+        text_encoder_2=other.eval(),
+        tokenizer_2=plain.tokenizer,
+        text_encoder_3=t5.eval(),
+        tokenizer_3=word_tokenizer(12, WORDS[::-1]),
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

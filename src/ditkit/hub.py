@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ditkit import registry
+
 BUNDLED = {
     "micro-flux": "text to 64 x 64 pictures of the emoji set, a FluxPipeline of a few million parameters",
     "micro-wan": "text to clips of 17 frames of 64 x 64, one emoji moving, a WanPipeline of 7 million",
@@ -48,6 +50,8 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32, **kwargs: Any) ->
         raise FileNotFoundError(f"no pipeline {str(name)!r}: no such folder, and {hint}")
     if (own := _own_pipeline(path)) is not None:
         return own.from_pretrained(str(path), dtype=dtype, use_safetensors=True, **kwargs)
+    if not path.is_dir() or "ditkit.models" in (path / "model_index.json").read_text(encoding="utf-8"):
+        registry.entries("model")  # diffusers loads no class whose module is not imported yet
     pipe = DiffusionPipeline.from_pretrained(str(name), dtype=dtype, use_safetensors=True, **kwargs)
     call = path / CALL_FILE
     if call.is_file():
@@ -86,7 +90,15 @@ def _with_arguments(pipe: Any, arguments: dict[str, Any]) -> None:
         given = signature.bind_partial(self, *args, **kwargs).arguments
         return plain.__call__(self, *args, **{k: v for k, v in arguments.items() if k not in given} | kwargs)
 
-    pipe.__class__ = type(plain.__name__, (plain,), {"__call__": call, "__module__": plain.__module__})
+    known = {"__call__": call, "__module__": plain.__module__, "plain_call": arguments}
+    pipe.__class__ = type(plain.__name__, (plain,), known)
+
+
+def call_defaults(pipe: Any) -> dict[str, Any]:
+    """What a plain call of a pipeline uses where it says nothing."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    own = {name: parameter.default for name, parameter in parameters.items()}
+    return {**own, **getattr(pipe, "plain_call", {})}
 
 
 def _with_defaults_of_its_parts(pipe: Any, tokenizer: Any) -> Any:

@@ -8,6 +8,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 import ditkit
 import tiny_pipelines
@@ -15,7 +16,9 @@ from ditkit.analysis import bench as module
 from ditkit.analysis import contestants as who
 from ditkit.analysis import peers as others
 from ditkit.analysis.bench import bench
+from ditkit.analysis.meter import count
 from ditkit.analysis.sampling import Sampling, sample
+from ditkit.models.dydit import dynamic
 
 PROMPTS = ["red apple", "blue fish"]
 SAMPLING = Sampling(steps=8, guidance=2.0)
@@ -212,3 +215,41 @@ def test_names_read_back() -> None:
     for text in (MODULE, LAST_BLOCK, "taylorseer", "local-window:radius=4"):
         (method,) = who.parse(text)
         assert who.parse(who.name_of(method)) == (method,)
+
+
+@pytest.fixture
+def chooses():
+    """A pipeline whose transformer runs about half of its tokens, others at each step."""
+    pipe = tiny_pipelines.flux()
+    model = dynamic(pipe.transformer, token_bias=0.0)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".token_selection.linear_t." in name:
+                parameter.normal_(std=0.5)
+    pipe.register_modules(transformer=model.eval())
+    return pipe
+
+
+def test_what_a_model_leaves_out_shows_beside_all_of_it(chooses) -> None:
+    result = bench(chooses, [LAST_BLOCK], PROMPTS, sampling=SAMPLING, repeats=1, peers=False, plain=False)
+    rows = {row.label: row for row in result.rows}
+    assert [row.kind for row in result.rows] == ["dense", "whole", "method"]
+    whole, dense = rows["nothing left out"], rows["dense"]
+    assert whole.flops is not None and dense.flops is not None
+    assert whole.flops_ratio == pytest.approx(whole.flops / dense.flops) and whole.flops_ratio > 1.02
+    assert whole.latent_error and whole.latent_error > 0
+    static = bench(tiny_pipelines.flux(), [], PROMPTS, sampling=SAMPLING, repeats=1, peers=False, plain=False)
+    assert whole.flops == static.rows[0].flops
+    assert dense.steps_computed is None and rows[LAST_BLOCK].steps_computed == 4
+    assert chooses.transformer.choosing is None
+
+
+def test_a_report_counts_every_forward_of_a_model_that_chooses(chooses) -> None:
+    with ditkit.apply(chooses, *who.parse(LAST_BLOCK)) as run, count(chooses.transformer) as spent:
+        sample(chooses, PROMPTS, SAMPLING)
+    report = run.report()
+    full = [flops for flops in spent.flops_by_forward if flops > 0.5 * max(spent.flops_by_forward)]
+    assert len(full) == 8 and len(set(full)) > 2, "its steps differ"
+    assert report.flops == spent.flops
+    assert report.flops_dense == pytest.approx(sum(full) / len(full) * len(spent.flops_by_forward), rel=1e-6)

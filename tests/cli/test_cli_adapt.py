@@ -78,7 +78,7 @@ def test_wrong_use(ditkit, folder: Path, tree: Path, more: str, words: str) -> N
 
 def test_wrong_models_and_data(ditkit, folder: Path, clips_folder: Path, tree: Path) -> None:  # noqa: F811
     result = adapt(ditkit, clips_folder, tree, "a")
-    words = "is a WanPipeline; what can be trained on is a FluxPipeline"
+    words = "a WanPipeline is trained on clips; there are the bundled ones, --data emoji"
     assert result.exit_code == 2 and words in result.stderr
     result = adapt(ditkit, folder, Path("nowhere"), "a")
     assert result.exit_code == 2 and "no such folder of pictures" in result.stderr

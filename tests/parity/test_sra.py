@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ditkit.models.dit import DiT, SiT
 from ditkit.processes.gaussian import GaussianDiffusion
+from ditkit.processes.noising import noised
 from ditkit.processes.transport import Transport
 from ditkit.seams.taps import Reading, hidden_after, reading
-from ditkit.training.objectives.sra import distances, falling_weight, head, less_noise, noised
+from ditkit.training.objectives.sra import distances, falling_weight, head, less_noise
 from golden import cases, compare, part, read
 
 SYSTEM = "sra"

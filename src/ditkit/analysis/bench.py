@@ -123,6 +123,8 @@ def bench(
     if peers:
         intervals = [n for method in methods for n in _intervals(method)]
         entered += others.at_intervals(pipe, intervals, sampling)
+    if hasattr(pipe.transformer, "choosing"):
+        entered = [who.whole(), *entered]
     everyone = [_entrant(contestant, sampling) for contestant in [who.dense(), *entered]]
     _expect(everyone, expected)
 
@@ -229,7 +231,8 @@ def _count(pipe: Any, entrant: _Entrant, prompts: Sequence[str], base: Sequence[
         return []
     row.flops = spent.flops / len(prompts)
     row.bytes_peak = spent.bytes_peak
-    row.steps_computed = _steps_computed(spent, entrant.sampling.steps)
+    if not hasattr(pipe.transformer, "choosing"):  # whose full steps are not all as dear as the dearest
+        row.steps_computed = _steps_computed(spent, entrant.sampling.steps)
     if alive and row.kind != "plain":
         beside = base if len(base) == len(alive) else [max(base or alive)] * len(alive)
         row.bytes_cached = max(mine - theirs for mine, theirs in zip(alive, beside, strict=True))

@@ -13,7 +13,7 @@ from ditkit import registry
 if TYPE_CHECKING:
     from ditkit.recipes import Recipe
 
-Kind = Literal["dense", "method", "peer", "plain"]
+Kind = Literal["dense", "whole", "method", "peer", "plain"]
 Attach = Callable[[Any, bool], contextlib.AbstractContextManager[Any]]
 
 
@@ -23,7 +23,8 @@ class Contestant:
 
     Args:
         label: its name in tables.
-        kind: dense, one of ours, another library's, or plain sampling with fewer steps.
+        kind: dense, one of ours, another library's, plain sampling with fewer steps, or, of a model that
+            chooses what it runs, all of it.
         attach: `attach(pipe, counting)` is a context manager in which the pipeline runs this way; `counting`
             tells whether its FLOPs are wanted. It yields a `Run` for our methods, None for the others.
         steps: denoising steps; None for those of the comparison.
@@ -43,6 +44,18 @@ def dense() -> Contestant:
 def plain(steps: int) -> Contestant:
     """The unchanged pipeline with fewer steps: what anyone can have without a method."""
     return Contestant(f"plain, {steps} steps", "plain", _unchanged, steps)
+
+
+def whole() -> Contestant:
+    """A model that chooses what it runs, with nothing left out: what its choices save shows beside it."""
+    from ditkit.models.dynamic import choosing
+
+    @contextlib.contextmanager
+    def attach(pipe: Any, _: bool) -> Iterator[None]:
+        with choosing(pipe.transformer, complete=True):
+            yield
+
+    return Contestant("nothing left out", "whole", attach)
 
 
 def enter(given: Any) -> Contestant:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _KINDS = {
     "dense": "dense sampling",
+    "whole": "nothing left out",
     "method": "ditkit",
     "peer": "other libraries",
     "plain": "plain sampling with fewer steps",

@@ -181,10 +181,9 @@ def call_arguments(pipe: Any, sampling: Sampling, count: int) -> dict[str, Any]:
                 f"{type(pipe).__name__} knows no guidance_interval: it guides at every noise level"
             )
         arguments["guidance_interval"] = sampling.guidance_interval
-    longest = _longest_text(pipe)
     default = getattr(known.get("max_sequence_length"), "default", None)
-    if isinstance(default, int) and longest is not None and longest < default:
-        arguments["max_sequence_length"] = longest  # a micro-model was never shown longer padding
+    if isinstance(default, int) and text_length(pipe) < default:
+        arguments["max_sequence_length"] = text_length(pipe)  # never shown longer padding
     if sampling.size is not None:
         arguments["height"], arguments["width"] = sampling.size
     if sampling.frames is not None:
@@ -194,10 +193,20 @@ def call_arguments(pipe: Any, sampling: Sampling, count: int) -> dict[str, Any]:
     return arguments
 
 
-def _longest_text(pipe: Any) -> int | None:
-    """Tokens that the text encoder of the sequence takes: the last tokenizer's, where there are several."""
-    parts = [getattr(pipe, name, None) for name in ("tokenizer_3", "tokenizer_2", "tokenizer")]
-    return next((part.model_max_length for part in parts if part is not None), None)
+def text_length(pipe: Any) -> int:
+    """Tokens that a call pads a text to: the call's own default, or what the tokenizer of the sequence, the
+    last one, takes where that is less (a micro-model).
+
+    Raises:
+        TypeError: neither is there.
+    """
+    default = getattr(inspect.signature(pipe.__call__).parameters.get("max_sequence_length"), "default", None)
+    tokenizers = (name for name in ("tokenizer_3", "tokenizer_2", "tokenizer") if hasattr(pipe, name))
+    tokenizer = getattr(pipe, next(tokenizers, ""), None)  # SD3 may come without its third
+    lengths = [length for length in (default, getattr(tokenizer, "model_max_length", None)) if length]
+    if not lengths:
+        raise TypeError(f"{type(pipe).__name__} has no tokenizer and no max_sequence_length")
+    return min(lengths)
 
 
 def _synchronize(pipe: Any) -> None:

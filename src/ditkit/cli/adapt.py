@@ -30,7 +30,11 @@ def add_to(app: typer.Typer) -> None:
 def adapt(
     data: Annotated[
         str,
-        typer.Option("--data", help="A folder of pictures or of cached latents, or emoji (the bundled set)."),
+        typer.Option(
+            "--data",
+            help="A folder of pictures or of cached latents, or emoji: the bundled set, of clips for a model "
+            "that draws clips.",
+        ),
     ],
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for the adapter; its run is in run/ there.")
@@ -40,7 +44,7 @@ def adapt(
     ] = "lora",
     model: Model = "micro-flux",
     steps: Annotated[int, typer.Option("--steps", min=1, help="Training steps.")] = 1000,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures in a step.")] = 16,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Pictures or clips in a step.")] = 16,
     lr: Annotated[
         float | None, typer.Option("--lr", help="Learning rate; the adapter's own if not given.")
     ] = None,

@@ -125,23 +125,28 @@ def _open(folder: Path) -> Any:
 def _plan(data: DataConfig, records: Records, network: Any, options: CacheOptions) -> dict[str, Any]:
     """What the latents depend on; equal plans give equal shards."""
     config = {key: value for key, value in sorted(network.config.items()) if not key.startswith("_")}
-    weights = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        weights.update(name.encode())
-        weights.update(value.float().contiguous().numpy().tobytes())
     return {
         "format": FORMAT,
         "pictures": facts_of(data, records),
         "autoencoder": {
             "class": type(network).__name__,
             "config_sha256": _digest(json.dumps(config, default=str).encode()),
-            "weights_sha256": weights.hexdigest(),
+            "weights_sha256": weights_digest(network),
             "scaling_factor": network.config.scaling_factor,
             "shift_factor": network.config.shift_factor,
         },
         "dtype": options.dtype,
         "shard_size": options.shard_size,
     }
+
+
+def weights_digest(network: Any) -> str:
+    """The SHA-256 of an autoencoder's weights and their names."""
+    weights = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        weights.update(name.encode())
+        weights.update(value.float().cpu().contiguous().numpy().tobytes())
+    return weights.hexdigest()
 
 
 def _same_plan(out: Path, plan: dict[str, Any]) -> None:

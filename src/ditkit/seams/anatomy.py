@@ -129,6 +129,7 @@ class Anatomy:
             the text states.
         timestep: name of the forward's timestep argument.
         falling_time: timesteps fall during a generation (diffusers), so that a rise tells a new one.
+        varies: forwards of equal inputs' shapes differ in their work, since the model chooses what it runs.
         unfit: seam -> why no method can use it on this class: `"stack"`, to skip the blocks and supply the
             last one's output; `"units"`, to replace outputs inside them; `"tokens"`; `"attention"`;
             `"answer"`, to answer in place of the model; `"output"`, to change the grid that it gives.
@@ -150,6 +151,7 @@ class Anatomy:
     text_tokens: Callable[[Anatomy, nn.Module, Arguments], int] = text_tokens
     timestep: str = "timestep"
     falling_time: bool = True
+    varies: bool = False
     unfit: Mapping[Seam, str] = field(default_factory=dict)
     no_stack: Callable[[nn.Module], str | None] = lambda model: None
     no_tokens: Callable[[nn.Module, Arguments], str | None] = lambda model, arguments: None

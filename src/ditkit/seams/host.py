@@ -81,7 +81,7 @@ class Host:
         self.pipeline = pipeline
         self.name = name
         self.anatomy: Anatomy = describe(model)
-        self.stats = Stats(count_flops=flops)
+        self.stats = Stats(count_flops=flops, varies=self.anatomy.varies)
         self.hooks = Hooks(model)
         self.clock = StepClock(model, self.anatomy, pipeline)
         self.running = False
@@ -245,7 +245,8 @@ class Host:
         return output
 
     def _kind(self) -> Hashable:
-        return tuple(mode() for mode in self.stats.modes)
+        modes = tuple(mode() for mode in self.stats.modes)
+        return (modes, self.stats.forwards.total()) if self.stats.varies else modes
 
     def _counted(
         self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Hashable

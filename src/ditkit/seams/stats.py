@@ -112,19 +112,21 @@ class Stats:
 
     Forwards of one kind (same input shapes, same modules run) cost the same FLOPs, so each kind is counted
     once and multiplied. A seam that changes the work of a forward adds to `modes` a function that tells, at
-    the start of a forward, how this one will run.
+    the start of a forward, how this one will run. Where the model's own work `varies`, each forward is a kind
+    of its own: (what the modes tell, its number).
     """
 
     count_flops: bool = True
+    varies: bool = False
     steps: int = 0
     steps_computed: int = 0
     generations: int = 0
     seconds: float = 0.0
     bytes_cached: int = 0
     branches: dict[str, Counter[str]] = field(default_factory=dict)
-    kinds: dict[tuple[Hashable, Hashable], Count] = field(default_factory=dict)
-    forwards: Counter[tuple[Hashable, Hashable]] = field(default_factory=Counter)
-    dense_kind: dict[Hashable, Hashable] = field(default_factory=dict)
+    kinds: dict[tuple[Hashable, Any], Count] = field(default_factory=dict)
+    forwards: Counter[tuple[Hashable, Any]] = field(default_factory=Counter)
+    dense_kind: dict[Hashable, Any] = field(default_factory=dict)
     densities: list[tuple[float, int]] = field(default_factory=list)
     token_shares: list[float] = field(default_factory=list)
     modes: list[Callable[[], Hashable]] = field(default_factory=list)
@@ -188,9 +190,19 @@ class Stats:
         ran = dense = 0
         for (shapes, kind), number in self.forwards.items():
             ran += number * self.kinds[shapes, kind].flops
-            reference = self.kinds.get((shapes, self.dense_kind.get(shapes, kind)))
-            dense += number * (reference or self.kinds[shapes, kind]).dense
+            dense += number * self._dense(shapes, kind)
         return ran, dense
+
+    def _dense(self, shapes: Hashable, kind: Any) -> int:
+        """FLOPs of the dense model in a forward's place. What a model that varies would have chosen where a
+        method left something out is not known: the mean of its full forwards stands for it."""
+        first = self.dense_kind.get(shapes, kind)
+        if not self.varies:
+            return (self.kinds.get((shapes, first)) or self.kinds[shapes, kind]).dense
+        if kind[0] == first[0]:
+            return self.kinds[shapes, kind].dense
+        full = [count.dense for key, count in self.kinds.items() if (key[0], key[1][0]) == (shapes, first[0])]
+        return round(sum(full) / len(full))
 
     def cost(self, steps: int, layout: TokenLayout | None = None) -> ModelCost | None:
         """What a dense forward takes, by what was counted; None when no full one was.

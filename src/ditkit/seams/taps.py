@@ -54,6 +54,12 @@ class QueriesAndKeys:
     key: Tensor
     scale: float | None = None
 
+    def of_frames(self, frames: int) -> QueriesAndKeys:
+        """Those of each of so many frames, which follow each other, by itself: (B F, h, L / F, d)."""
+        query, key = (part.unflatten(2, (frames, -1)).transpose(1, 2).flatten(0, 1)
+                      for part in (self.query, self.key))  # fmt: skip
+        return QueriesAndKeys(query, key, self.scale)
+
     def logits(self, heads: int | None = None) -> Tensor:
         """What the softmax over keys is taken of, for the first `heads` heads, (B, heads, L, L), float32."""
         query, key = self.query[:, :heads].float(), self.key[:, :heads].float()

@@ -15,6 +15,7 @@ from ditkit.training.config import ConfigError, RunConfig
 from ditkit.training.continuing import run_on, train_into
 
 METHODS = ("dydit",)
+PIPELINES = ("FluxPipeline", "ClassConditionalPipeline")
 
 
 def run_for(
@@ -44,6 +45,11 @@ def run_for(
     """
     if method not in METHODS:
         raise ConfigError(f"method {method!r} is unknown; there is {', '.join(METHODS)}")
+    name = type(pipe).__name__
+    if name not in PIPELINES:
+        raise ConfigError(
+            f"--model {model} is a {name}; what {method} compresses is a {' or a '.join(PIPELINES)}"
+        )
     settings = dict(settings or {})
     strong, warmup = flops < 0.6, max(1, min(1000, settings.get("steps", 1) // 4))
     budget = {"flops": flops, "warmup": warmup, "hold": warmup // 10}

@@ -6,6 +6,7 @@ more processes see the same samples and the same noise.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -85,6 +86,12 @@ class BatchNoise:
         self.batch_size = batch_size
         self.rows = rows
         self._device = device
+
+    def first(self, count: int) -> BatchNoise:
+        """The same draws for the first `count` of these rows alone."""
+        fewer = copy.copy(self)  # both draw from the one generator
+        fewer.rows = self.rows[:count]
+        return fewer
 
     def normal(self, *shape: int) -> torch.Tensor:
         """Standard normal numbers `(rows, *shape)`."""

@@ -43,11 +43,13 @@ _LIT = Anatomy(
 _DYDIT = dataclasses.replace(
     DIT,
     name="DyDiT",
+    varies=True,
     unfit={"attention": "its heads change from step to step, so that nothing can be kept for a head"},
 )
 _DYFLUX = dataclasses.replace(
     FLUX,
     name="DyFluxTransformer2DModel",
+    varies=True,
     unfit={"units": "each step runs other tokens through its feed-forwards, gathered into one sequence"},
 )
 

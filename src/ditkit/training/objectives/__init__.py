@@ -24,8 +24,11 @@ def create(chosen: Mapping[str, Mapping[str, Any]], setting: Setting) -> Objecti
     """
     made: dict[str, Objective] = {}
     for name, options in sorted(read_options(chosen).items()):
+        kind: type[Objective] = registry.get("objective", name).target  # type: ignore[assignment]
         try:
-            made[name] = registry.get("objective", name).target(options, setting)
+            if not (setting.labels or kind.without_labels):
+                raise ValueError("it is for networks of classes, and the conditions here are texts")
+            made[name] = kind(options, setting)
         except (ValueError, OSError) as error:
             raise ValueError(f"{name}: {error}") from error
     return Objectives(made)

@@ -13,7 +13,9 @@ draws that are the same in every part).
 What lies inside the network is read when an objective asks for it before the forward (`reads`); the run's
 averaged parameters are there in every step.
 
-Dimensions: B samples of the part at hand, C channels, H and W.
+Dimensions: B samples of the part at hand, C channels, H and W. Samples are (B, C, H, W) where the conditions
+are classes; with text they may be clips (B, C, F, H, W) or packed tokens (B, L, C), as the network takes
+them.
 """
 
 from __future__ import annotations
@@ -29,12 +31,10 @@ from torch import Tensor, nn
 
 from ditkit.data.config import Section
 from ditkit.processes.gaussian import GaussianDiffusion
-from ditkit.processes.transport import Transport
+from ditkit.processes.noising import Process
 from ditkit.seams.errors import UnsupportedModelError
 from ditkit.seams.taps import Inside, Reading, check, hidden_after
 from ditkit.training.order import BatchNoise
-
-Process = GaussianDiffusion | Transport
 
 
 def model_folder(name: str) -> Path:
@@ -51,6 +51,15 @@ def no_pictures() -> Tensor:
     raise ValueError("this step has no pictures")
 
 
+def no_network(noisy: Tensor, model_timestep: Tensor) -> Any:
+    """Where a step can't run its network on other samples.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError("this step runs its network on no other samples")
+
+
 @dataclass(frozen=True)
 class Setting:
     """What the objectives of a run are built for.
@@ -63,6 +72,8 @@ class Setting:
         find: the folder of a model that a file names: an earlier stage's export, or a path.
         averages: whether the run keeps an average of the parameters (`ema`).
         pictures: whether the pictures themselves are there (`TrainingStep.pictures`), not their latents only.
+        labels: whether the conditions are classes (`TrainingStep.labels`).
+        example: runs the model on one sample; None: on its own `example_inputs`.
     """
 
     model: Any
@@ -72,6 +83,8 @@ class Setting:
     find: Callable[[str], Path] = model_folder
     averages: bool = True
     pictures: bool = True
+    labels: bool = True
+    example: Callable[[], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -83,20 +96,23 @@ class TrainingStep:
         process: how samples were noised.
         step: updates made before.
         progress: share of the run done, 0 to below 1.
-        clean, noise, noisy: samples, their noise and what the network saw, (B, C, H, W).
+        clean, noise, noisy: samples, their noise and what the network saw, (B, ...).
         timestep: steps of the process, or times in [0, 1] of a flow, (B,).
-        model_timestep: what the network was given, (B,).
-        labels: (B,), before dropping.
-        dropped: 1 where the label was dropped, (B,); None for a model without null class.
-        output: the network's prediction, float32, (B, C_out, H, W).
+        model_timestep: what `network` was given, (B,).
+        output: the network's prediction, float32, (B, ...).
         outputs: those of all resolutions, lowest first, of a model that has several; else `output` alone.
         losses: what the process gives, (B,) each: "loss" and its parts.
         draws: random numbers of the batch, and which rows of it these are.
+        labels: (B,), before dropping; None where the conditions are no classes.
+        dropped: 1 where the label was dropped, (B,); None for a model without null class.
         inside: what the objectives asked to read of the forward.
-        pictures: gives the clean pictures in the data's own size, (B, 3, H', W') in [-1, 1].
+        pictures: gives the clean pictures in the data's own size, (B, 3, H', W') in [-1, 1]; of clips one for
+            each latent frame, the first of those that it covers, (B, 3, F, H', W').
         averaged: gives the run's average of the network's trained parameters by name, as it is before the
             update; empty where the run keeps none.
         again: runs the network once more on the same input, and gives what `losses` holds.
+        network: runs the network on samples like `noisy`, at times like `model_timestep`, under the step's
+            own conditions.
     """
 
     model: Any
@@ -108,16 +124,17 @@ class TrainingStep:
     noisy: Tensor
     timestep: Tensor
     model_timestep: Tensor
-    labels: Tensor
-    dropped: Tensor | None
     output: Tensor
     outputs: list[Tensor]
     losses: dict[str, Tensor]
     draws: BatchNoise
+    labels: Tensor | None = None
+    dropped: Tensor | None = None
     inside: Inside = field(default_factory=Inside)
     pictures: Callable[[], Tensor] = no_pictures
     averaged: Callable[[], Mapping[str, Tensor]] = dict
     again: Callable[[], dict[str, Tensor]] = dict
+    network: Callable[[Tensor, Tensor], Any] = no_network
 
 
 class Term(NamedTuple):
@@ -135,15 +152,15 @@ class Objective(nn.Module):
 
     Attributes:
         claims: what only one objective may do: "times", "error", "alignment" with a vision transformer.
-        plain: whether of a step it needs the network, the losses, `draws` and `again` alone, so that tasks
-            whose conditions are no labels take it too.
+        without_labels: whether it works without labels and whatever the axes of the samples, so that tasks of
+            text, pictures or clips, take it too.
         learning_rate: of its own parameters, without weight decay; None: as the run's.
     """
 
     Options: type[Section] = Section
     claims: frozenset[str] = frozenset()
     learning_rate: float | None = None
-    plain: ClassVar[bool] = False
+    without_labels: ClassVar[bool] = False
 
     def __init__(self, options: Any, setting: Setting) -> None:
         """
@@ -208,18 +225,20 @@ def readable(model: Any, what: Reading) -> Reading:
     return what
 
 
-def width_behind(model: Any, block: int) -> int:
-    """Channels of the tokens behind a block of a class-conditional network of ours, counted from 1.
+def width_behind(setting: Setting, block: int) -> int:
+    """Channels of the tokens behind a block of the network that is trained, counted from 1.
 
     Raises:
         ValueError: its blocks can't be read, or there is no such block.
     """
+    model = setting.model
     readable(model, Reading(frozenset({block})))
+    example = setting.example or (lambda: model(**model.example_inputs()))
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            return hidden_after(model, block, lambda: model(**model.example_inputs())).shape[-1]
+            return hidden_after(model, block, example).shape[-1]
     finally:
         model.train(training)
 

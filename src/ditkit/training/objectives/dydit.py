@@ -70,7 +70,7 @@ def target(options: DyDiTOptions, step: int) -> float:
 )
 class DyDiTBudget(Objective):
     Options = DyDiTOptions
-    plain: ClassVar[bool] = True
+    without_labels: ClassVar[bool] = True
 
     def __init__(self, options: Any, setting: Setting) -> None:
         super().__init__(options, setting)

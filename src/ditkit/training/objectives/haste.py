@@ -6,9 +6,12 @@ teacher's patch tokens z of the clean picture. HASTE, "REPA Works Until It Doesn
 Alignment Supercharges Diffusion Training", arXiv 2505.16792, adds L_attn, the cross-entropy of attention maps
 with the teacher's, and stops both for good at a step; from there on the gradient is the plain one.
 Beyond the authors' code: any grid and number of heads, softmax and norms in float32, and after the stop
-neither the teacher nor the student's attention maps are computed.
+neither the teacher nor the student's attention maps are computed. Beside text only the image's own tokens
+are aligned, and their attention among themselves, as in the authors' code for text. Of a clip each frame of
+tokens follows what the teacher sees in one picture, the first of those that the frame covers; its attention
+is that among its own tokens (ours: the papers have pictures only).
 
-Dimensions: B samples, T tokens, D width, D_z the teacher's, h heads.
+Dimensions: B samples of F frames (pictures: 1), T tokens of a frame, D width, D_z the teacher's, h heads.
 """
 
 from __future__ import annotations
@@ -71,6 +74,21 @@ def attention_loss(logits: Sequence[Tensor], attention: Sequence[Tensor]) -> Ten
     return torch.stack(losses).mean(0)
 
 
+def one_for_each_frame(pictures: Tensor, frames: int) -> Tensor:
+    """Pictures (B, 3, H', W'), or those of clips (B, 3, F', H', W'), as (B F, 3, H', W').
+
+    Where a frame of tokens covers several of them it is the first.
+
+    Raises:
+        ValueError: there are not as many for each frame.
+    """
+    clips = pictures if pictures.ndim == 5 else pictures.unsqueeze(2)
+    each, left = divmod(clips.shape[2], frames)
+    if left or not each:
+        raise ValueError(f"{clips.shape[2]} pictures of a clip can't be shared by {frames} frames of tokens")
+    return clips[:, :, ::each].transpose(1, 2).flatten(0, 1)
+
+
 class REPAOptions(Section):
     """`teacher`: an earlier stage, a folder, or a repository of the hub; of several the mean is taken.
     `depth`: blocks before the tokens that follow it. `projector`: its hidden width. `weight`: of L_proj.
@@ -122,13 +140,14 @@ class HASTEOptions(REPAOptions):
 class REPA(Objective):
     Options = REPAOptions
     claims: ClassVar[frozenset[str]] = frozenset({"alignment"})
+    without_labels: ClassVar[bool] = True
 
     def __init__(self, options: Any, setting: Setting) -> None:
         super().__init__(options, setting)
         if not setting.pictures:
             raise ValueError("its teacher looks at the pictures, but the data are cached latents")
         names = [options.teacher] if isinstance(options.teacher, str) else options.teacher
-        width = width_behind(setting.model, options.depth)
+        width = width_behind(setting, options.depth)
         self.teachers = nn.ModuleList(load_teacher(name, setting.find) for name in names)
         made = (projector(width, options.projector, teacher.width) for teacher in self._teachers())
         self.projectors = nn.ModuleList(made)
@@ -156,16 +175,18 @@ class REPA(Objective):
             # Processes wait for a gradient of every parameter: these get zero, and the loss does not change.
             idle = 0 * torch.stack([p.sum() for p in self.projectors.parameters()]).sum()
             return {"alignment": Term(idle)}
-        _, rows, columns = step.inside.grid
-        pictures, hidden = step.pictures(), step.inside.hidden[self.options.depth]
+        frames, rows, columns = step.inside.grid
+        pictures = one_for_each_frame(step.pictures(), frames)  # (B F, 3, H', W')
+        hidden = step.inside.hidden[self.options.depth]  # (B, F T, D)
+        hidden = hidden.unflatten(1, (frames, -1)).flatten(0, 1)  # (B F, T, D)
         losses, seen = [], None
         for index, (teacher, project) in enumerate(zip(self._teachers(), self.projectors, strict=True)):
             view = self._look(teacher, pictures, (rows, columns), [] if index else self._layers())
             tokens = resize(view.tokens, view.grid, (rows, columns))
-            losses.append(projection_loss(project(hidden), tokens))
+            losses.append(projection_loss(project(hidden), tokens))  # (B F,)
             seen = seen or view
         assert seen is not None
-        alignment = Term(torch.stack(losses).mean(0), self.options.weight)
+        alignment = Term(torch.stack(losses).mean(), self.options.weight)
         return {"alignment": alignment, **self._attention_terms(step, seen)}
 
     def _look(self, teacher: Any, pictures: Tensor, grid: tuple[int, int], layers: list[int]) -> Seen:
@@ -212,7 +233,8 @@ class HASTE(REPA):
         if not self._layers():
             return {}
         theirs = [seen.attention[layer] for layer in self._layers()]
-        ours = [step.inside.attention[layer].logits() for layer in self.options.attention_layers]
+        frames = step.inside.grid[0]
+        maps = [step.inside.attention[layer].of_frames(frames) for layer in self.options.attention_layers]
         with without_autocast(step.clean):
-            loss = attention_loss(ours, theirs)
-        return {"attention_alignment": Term(loss, self.options.attention_weight)}
+            loss = attention_loss([each.logits() for each in maps], theirs)  # (B F,)
+        return {"attention_alignment": Term(loss.mean(), self.options.attention_weight)}

@@ -7,7 +7,7 @@ of a learned variance is not weighted, as in the authors' code.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor
@@ -34,6 +34,7 @@ class MinSNROptions(Section):
 )
 class MinSNR(Objective):
     Options = MinSNROptions
+    without_labels: ClassVar[bool] = True
 
     def __init__(self, options: Any, setting: Setting) -> None:
         super().__init__(options, setting)

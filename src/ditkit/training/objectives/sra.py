@@ -2,20 +2,21 @@
 
 "No Other Representation Component Is Needed: Diffusion Transformers Can Provide Representation Guidance by
 Themselves", arXiv 2505.02831. The teacher is the averaged network on the same samples with the same noise at
-an earlier time t' = t - t_max U(0, 1), with the same labels dropped; the student's tokens behind block k_s go
-through a head and follow the teacher's behind block k_t > k_s. The authors' code has the paper's smooth L1
-with a weight that falls over epochs, and as default the cosine with weight 0.5, taken along the axis of the
-tokens (`cosine_over: tokens`); ours is taken of each token's channels. The teacher's blocks behind k_t do not
-run.
+an earlier time t' = t - t_max U(0, 1), under the same conditions, with the same of them dropped; the
+student's tokens behind block k_s go through a head and follow the teacher's behind block k_t > k_s. The
+authors' code has the paper's smooth L1 with a weight that falls over epochs, and as default the cosine with
+weight 0.5, taken along the axis of the tokens (`cosine_over: tokens`); ours is taken of each token's
+channels. The teacher's blocks behind k_t do not run.
 
 Times of a flow run from noise (0) to data (1) here, so less noise is a later time.
 
-Dimensions: B samples, T tokens, D width, C channels, H and W.
+Dimensions: B samples, T tokens, D width.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +26,11 @@ from torch.func import functional_call
 
 from ditkit.data.config import Section
 from ditkit.processes.gaussian import GaussianDiffusion
+from ditkit.processes.noising import Process, noised
 from ditkit.registry import Paper, register
 from ditkit.seams.taps import Reading, hidden_after
 from ditkit.training.objectives.base import (
     Objective,
-    Process,
     Setting,
     Term,
     TrainingStep,
@@ -84,13 +85,6 @@ def less_noise(process: Process, times: Tensor, uniform: Tensor, most: float) ->
     return (times + most * uniform).clamp(0, 1)
 
 
-def noised(process: Process, clean: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-    """Samples (B, C, H, W) at some times (B,), and what the network is given as time, (B,)."""
-    if isinstance(process, GaussianDiffusion):
-        return process.q_sample(clean, times, noise), process.model_timestep(times)
-    return process.plan.interpolate(noise, clean, process.plan.time(times, clean)), times
-
-
 class SRAOptions(Section):
     """`student_block`, `teacher_block`: k_s and k_t, counted from 1. `t_max`: share of the schedule.
     `cosine_over`: each token's `features`, or, as released, the `tokens` of each feature. `weight`: None: 0.5
@@ -130,13 +124,14 @@ class SRAOptions(Section):
 )
 class SRA(Objective):
     Options = SRAOptions
+    without_labels: ClassVar[bool] = True
 
     def __init__(self, options: Any, setting: Setting) -> None:
         super().__init__(options, setting)
         if not setting.averages:
             raise ValueError("its teacher is the average of the run's parameters: set ema")
         readable(setting.model, Reading(frozenset({options.student_block, options.teacher_block})))
-        width = width_behind(setting.model, options.student_block)
+        width = width_behind(setting, options.student_block)
         self.head = head(width)
         self.samples = setting.facts.get("samples", 1)
         self.first_weight = 0.4 if isinstance(setting.process, GaussianDiffusion) else 2.0
@@ -164,15 +159,24 @@ class SRA(Objective):
     def teacher_tokens(self, step: TrainingStep) -> Tensor:
         """What the averaged network has behind its block, (B, T, D)."""
         times = less_noise(step.process, step.timestep, step.draws.uniform(), self.options.t_max)
-        noisy, model_timestep = noised(step.process, step.clean, step.noise, times)
-        averaged, training = dict(step.averaged()), step.model.training
-        named = {"force_drop_ids": step.dropped, "return_dict": False}
+        at = noised(step.process, step.clean, step.noise, times)
+        averaged = {f"model.{name}": value for name, value in step.averaged().items()}
+        called, training = _Called(step.model, step.network), step.model.training
         step.model.eval()
         try:
             return hidden_after(
-                step.model,
-                self.options.teacher_block,
-                lambda: functional_call(step.model, averaged, (noisy, model_timestep, step.labels), named),
+                step.model, self.options.teacher_block, lambda: functional_call(called, averaged, at)
             )
         finally:
             step.model.train(training)
+
+
+class _Called(nn.Module):
+    """A model behind the function that calls it, so that `functional_call` lends it other parameters."""
+
+    def __init__(self, model: nn.Module, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model, self.call = model, call
+
+    def forward(self, *arguments: Tensor) -> Any:
+        return self.call(*arguments)

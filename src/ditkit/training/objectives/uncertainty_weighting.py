@@ -38,6 +38,7 @@ class UncertaintyWeightingOptions(Section):
 class UncertaintyWeighting(Objective):
     Options = UncertaintyWeightingOptions
     claims: ClassVar[frozenset[str]] = frozenset({"times"})
+    without_labels: ClassVar[bool] = True
 
     def __init__(self, options: Any, setting: Setting) -> None:
         super().__init__(options, setting)

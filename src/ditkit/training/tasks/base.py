@@ -157,9 +157,9 @@ class Task(nn.Module):
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{self.run.name}.task_options.dynamic: {error}") from error
 
-    def started(self, cls: Any) -> Any:
-        """The pipeline of that class that the option `start_from` names, an earlier stage, a folder, a
-        bundled one or one of the hub, in float32; None when it names none.
+    def started(self, *classes: Any) -> Any:
+        """The pipeline of one of these classes that the option `start_from` names, an earlier stage, a
+        folder, a bundled one or one of the hub, in float32; None when it names none.
 
         Raises:
             ConfigError: there is none, or it is of another class.
@@ -172,11 +172,10 @@ class Task(nn.Module):
             pipe = hub.load(self.stage_folder(name) if name in self.earlier else name)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{where}: {error}") from error
-        if not isinstance(pipe, cls):
-            raise ConfigError(
-                f"{where}: {name} is a {type(pipe).__name__}, this task trains a {cls.__name__}"
-            )
-        for part in (pipe.transformer, pipe.vae):
+        if not isinstance(pipe, classes):
+            known = " or a ".join(cls.__name__ for cls in classes)
+            raise ConfigError(f"{where}: {name} is a {type(pipe).__name__}, this task trains a {known}")
+        for part in (pipe, pipe.transformer, pipe.vae):
             if part is not None:
                 part.register_to_config(_name_or_path="")  # no folder of a run in what it exports
         return pipe

@@ -9,7 +9,6 @@ data of its own (`start_from`). The file's `objective:` changes the loss. The ex
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -27,16 +26,14 @@ from ditkit.pipelines.class_conditional import ClassConditionalPipeline
 from ditkit.pipelines.denoising import is_flow, scheduler_for
 from ditkit.processes.gaussian import GaussianDiffusion
 from ditkit.processes.gaussian_sampling import trajectory
+from ditkit.processes.noising import drawn_times
 from ditkit.processes.times import TimeDistribution, dimension_shift
 from ditkit.processes.transport import Transport
 from ditkit.processes.transport_sampling import sample_ode
-from ditkit.seams.taps import reading
-from ditkit.training import objectives
 from ditkit.training.config import ConfigError
-from ditkit.training.objectives import Setting, TrainingStep
-from ditkit.training.optimizers import OwnRate
 from ditkit.training.order import BatchNoise, mix
-from ditkit.training.tasks.base import Task, TaskOptions, load_frozen
+from ditkit.training.tasks.base import TaskOptions, load_frozen
+from ditkit.training.tasks.denoising import DenoisingTask, Network
 from ditkit.training.tasks.latents import decode_pictures, network_samples
 
 
@@ -78,13 +75,11 @@ class ClassToImageOptions(TaskOptions):
         return self
 
 
-class ClassToImageTask(Task):
+class ClassToImageTask(DenoisingTask):
     Options = ClassToImageOptions
-    takes_objectives = True
     autoencoder: Any
     samples: torch.Tensor
     labels: torch.Tensor
-    process: GaussianDiffusion | Transport
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -106,7 +101,7 @@ class ClassToImageTask(Task):
         self.register_buffer("labels", labels, persistent=False)  # (N,)
         self.model: Any = self._build()
         self.process = self._flow() if options.process == "flow" else self._gaussian()
-        self.objectives = self._objectives()
+        self.objectives = self._objectives({"process": options.process, "classes": self.classes})
 
     @property
     def adaptable(self) -> Any:
@@ -181,24 +176,6 @@ class ClassToImageTask(Task):
         variance = "learned_range" if learned else "fixed_small"
         return GaussianDiffusion.create(1000, respacing, variance=variance)
 
-    def _objectives(self) -> objectives.Objectives:
-        """What the network is always trained with, and what the file asks for."""
-        chosen = {**self.model.objectives, **self.run.objective}
-        facts = {"process": self.options.process, "classes": self.classes, "samples": len(self.pictures)}
-        setting = Setting(
-            self.model,
-            self.process,
-            self.run.batch_size,
-            facts,
-            self.model_folder,
-            averages=self.run.ema is not None,
-            pictures=not isinstance(self.pictures, LatentSet),
-        )
-        try:
-            return objectives.create(chosen, setting)
-        except ValueError as error:
-            raise ConfigError(f"{self.run.name}.objective: {error}") from error
-
     def _open_autoencoder(self) -> Any:
         if isinstance(self.pictures, LatentSet):
             if self.options.autoencoder is not None:
@@ -221,88 +198,25 @@ class ClassToImageTask(Task):
     def sample_periods(self) -> list[int] | None:
         return None if isinstance(self.pictures, LatentSet) else periods(self.run.data, self.pictures)
 
-    def own_rates(self) -> list[OwnRate]:
-        return self.objectives.own_rates()
-
     def forward(self, indices: torch.Tensor, noise: BatchNoise) -> dict[str, torch.Tensor]:
-        epsilon = noise.normal(*self.samples.shape[1:])  # (B, C, H, W)
-        uniform = self.objectives.times(noise.uniform(), noise)  # (B,)
-        wanted = self.objectives.reads(noise.step, noise.step / self.run.steps)
-        with self.objectives.around(self.model, noise), reading(self.model, wanted) as inside:
-            step = self._step(self.samples[indices], self.labels[indices], epsilon, uniform, noise)
+        clean, labels = self.samples[indices], self.labels[indices]
+        epsilon = noise.normal(*clean.shape[1:])  # (B, C, H, W)
+        times = drawn_times(self.process, self.objectives.times(noise.uniform(), noise))  # (B,)
+        network, dropped = self._under(labels, noise)
+        pictures = self.clean_pictures(indices)
+        return self.trained(network, clean, epsilon, times, noise, pictures, labels=labels, dropped=dropped)
 
-        def pictures() -> torch.Tensor:
-            source: Any = self.pictures  # cached latents have none, see `Setting.pictures`
-            return source.images(indices.cpu().numpy()).to(epsilon.device)
-
-        seen = {"inside": inside, "pictures": pictures, "averaged": self._averaged_network}
-        return self.objectives(dataclasses.replace(step, **seen))
-
-    def _averaged_network(self) -> dict[str, torch.Tensor]:
-        """The average of the network's trained parameters, by their names in it; empty without one."""
-        prefix = "model."
-        return {
-            name.removeprefix(prefix): value
-            for name, value in self.averaged().items()
-            if name.startswith(prefix)
-        }
-
-    def _step(
-        self,
-        clean: torch.Tensor,
-        labels: torch.Tensor,
-        epsilon: torch.Tensor,
-        uniform: torch.Tensor,
-        noise: BatchNoise,
-    ) -> TrainingStep:
-        """The network's prediction and the process's losses for samples (B, C, H, W) with noise like them.
-
-        Args:
-            uniform: where in the schedule the samples lie, (B,) in [0, 1).
-            noise: draws which labels are dropped.
-        """
+    def _under(self, labels: torch.Tensor, noise: BatchNoise) -> tuple[Network, torch.Tensor | None]:
+        """The network under labels (B,), and which of them are dropped, (B,), drawn from `noise`."""
         dropped = (noise.uniform() < self.options.class_dropout).long()  # (B,)
         if self.model.y_embedder.dropout <= 0:
             dropped = None
-        process = self.process
-        if isinstance(process, GaussianDiffusion):
-            times = (uniform * process.num_steps).long()
-        else:
-            times = process.draw_times(uniform)
-        seen: list[Any] = []
 
-        def network(state: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        def network(state: torch.Tensor, t: torch.Tensor) -> list[torch.Tensor]:
             result = self.model(state, t, labels, force_drop_ids=dropped)
-            output = result.sample.float()
-            stages = getattr(result, "stages", None)
-            seen[:] = state, t, output, [output] if stages is None else [s.float() for s in stages]
-            return output
+            return [stage.float() for stage in getattr(result, "stages", None) or [result.sample]]
 
-        def losses() -> dict[str, torch.Tensor]:
-            if isinstance(process, GaussianDiffusion):
-                return process.training_losses(network, clean, times, epsilon)
-            return process.training_losses(network, clean, epsilon, times)
-
-        first = losses()
-        noisy, model_timestep, output, outputs = seen
-        return TrainingStep(
-            model=self.model,
-            process=self.process,
-            step=noise.step,
-            progress=noise.step / self.run.steps,
-            clean=clean,
-            noise=epsilon,
-            noisy=noisy,
-            timestep=times,
-            model_timestep=model_timestep,
-            labels=labels,
-            dropped=dropped,
-            output=output,
-            outputs=outputs,
-            losses=first,
-            draws=noise,
-            again=losses,
-        )
+        return network, dropped
 
     def heldout_loss(self, seed: int | None = None) -> dict[str, float]:
         """The process's losses, without objectives, so that runs can be compared.
@@ -316,8 +230,9 @@ class ClassToImageTask(Task):
         seed = self.run.seed if seed is None else seed
         noise = BatchNoise(seed, 0, len(pictures), rows, self.samples.device)
         clean = self._encode(pictures).to(self.samples.device)
-        epsilon, uniform = noise.normal(*clean.shape[1:]), noise.uniform()
-        losses = self._step(clean, labels, epsilon, uniform, noise).losses
+        epsilon, times = noise.normal(*clean.shape[1:]), drawn_times(self.process, noise.uniform())
+        network, dropped = self._under(labels, noise)
+        losses = self.step(network, clean, epsilon, times, noise, labels=labels, dropped=dropped).losses
         return {name: float(value.mean()) for name, value in losses.items()}
 
     def draw(self) -> Image.Image:

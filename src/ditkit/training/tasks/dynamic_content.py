@@ -24,6 +24,7 @@ from ditkit.models.d2it_autoencoder import DualGrainAutoencoder, distinct_weight
 from ditkit.pipelines.denoising import scheduler_for
 from ditkit.pipelines.dynamic_grain import DynamicGrainPipeline
 from ditkit.processes.gaussian import GaussianDiffusion
+from ditkit.processes.noising import drawn_times, training_losses
 from ditkit.processes.transport import Transport
 from ditkit.training.order import BatchNoise, mix
 from ditkit.training.tasks.base import Task, TaskOptions
@@ -70,8 +71,7 @@ class DynamicContentTask(Task):
                 **options.model,
             }
         )
-        self.gaussian = GaussianDiffusion.create(1000)
-        self.transport = Transport()
+        self.process = GaussianDiffusion.create(1000) if options.process == "gaussian" else Transport()
 
     @torch.no_grad()
     def _encode(self, pictures: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,9 +98,8 @@ class DynamicContentTask(Task):
         self, clean: torch.Tensor, grain: torch.Tensor, labels: torch.Tensor, noise: BatchNoise
     ) -> dict[str, torch.Tensor]:
         epsilon = multi_grained_noise(noise.normal(*clean.shape[1:]), grain)  # (B, C, 2h, 2w)
-        times = noise.uniform()  # (B,)
+        times = drawn_times(self.process, noise.uniform())  # (B,)
         dropped = (noise.uniform() < self.options.class_dropout).long()  # (B,)
-        weight = distinct_weights(grain)
 
         def network(state: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             output = self.transformer(
@@ -108,11 +107,7 @@ class DynamicContentTask(Task):
             )[0]
             return output.float()
 
-        if self.options.process == "gaussian":
-            steps = (times * self.gaussian.num_steps).long()
-            losses = self.gaussian.training_losses(network, clean, steps, epsilon, weight)
-        else:
-            losses = self.transport.training_losses(network, clean, epsilon, times, weight)
+        losses = training_losses(self.process, network, clean, epsilon, times, distinct_weights(grain))
         return {name: value.mean() for name, value in losses.items()}
 
     def heldout_loss(self) -> dict[str, float]:

@@ -6,42 +6,61 @@ logit-normal. Captions are dropped with probability `caption_dropout` (classifie
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import nn
 
 from ditkit.processes.transport import Transport
 from ditkit.training import objectives
-from ditkit.training.config import ConfigError
-from ditkit.training.objectives import Setting, TrainingStep
 from ditkit.training.order import BatchNoise
-from ditkit.training.tasks.base import Task, TaskOptions
+from ditkit.training.tasks.base import TaskOptions
+from ditkit.training.tasks.denoising import DenoisingTask, Network
+from ditkit.training.tasks.forms import time_shift
 
 
 class FlowMatchingOptions(TaskOptions):
-    """`preview`: captions of the sample pictures; `storage`: dtype of the exported weights."""
+    """`start_from`, in place of the earlier stages and of `transformer`: a pipeline to go on from.
+    `max_sequence_length`: tokens that a text is padded to; None: as in a call of the pipeline. `sigma_mean`:
+    None: 0, or as the scheduler of the pipeline that it goes on from shifts it. `preview`: captions of the
+    sample pictures; `storage`: dtype of the exported weights."""
 
     autoencoder: str = "autoencoder"
-    transformer: dict[str, Any]
+    transformer: dict[str, Any] = {}
+    start_from: str | None = None
+    max_sequence_length: int | None = Field(default=None, ge=1)
     train_text_encoders: bool = True
     caption_dropout: float = 0.1
-    sigma_mean: float = 0.0
+    sigma_mean: float | None = None
     sigma_std: float = 1.0
     preview: list[str] = []
     preview_steps: int = 28
     storage: str = "float16"
 
+    @model_validator(mode="after")
+    def _one_start(self) -> FlowMatchingOptions:
+        if bool(self.transformer) == (self.start_from is not None):
+            raise ValueError(
+                "give transformer, settings to begin with, or start_from, a pipeline to go on from"
+            )
+        return self
 
-class FlowMatchingTask(Task):
-    """A subclass gives `velocity` and `pipeline`, and the buffer `no_tokens` (T,): the empty caption."""
 
+class FlowMatchingTask(DenoisingTask):
+    """A subclass gives `velocity` and `pipeline`, and the buffers `latents` (N, ...) and `no_tokens` (1,),
+    the empty caption. Its objectives are `text_objectives`.
+
+    `tokens` (B, 1) are numbers of captions, see `Captions`."""
+
+    denoiser_name = "transformer"
+    latents: Any
     no_tokens: torch.Tensor
 
     def velocity(self, noisy: torch.Tensor, sigma: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """The transformer's output for latents `noisy` (B, ...) at `sigma` (B,) under `tokens` (B, T)."""
+        """The transformer's output for latents `noisy` (B, ...) at `sigma` (B,) under `tokens` (B, 1)."""
         raise NotImplementedError
 
     def pipeline(self) -> Any:
@@ -50,90 +69,72 @@ class FlowMatchingTask(Task):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.objectives = objectives.Objectives({})
+        self.process = Transport()  # the logit-normal times are drawn here
 
-    def plain_objectives(self, model: nn.Module) -> objectives.Objectives:
-        """The objectives of the file, which need nothing of a step but the network and its losses.
+    def follow(self, scheduler: Any, tokens: int) -> None:
+        """Take the mean of sigma's logit from a scheduler, unless the file gives it; see `time_shift`."""
+        if self.options.sigma_mean is None:
+            mean = 0.0 if self.options.start_from is None else time_shift(scheduler, tokens)
+            self.options = self.options.model_copy(update={"sigma_mean": mean})
 
-        Raises:
-            ConfigError: one that does not fit.
-        """
-        try:
-            setting = Setting(model, Transport(), self.run.batch_size, averages=self.run.ema is not None)
-            chosen = objectives.create(self.run.objective, setting)
-            for name, objective in chosen.made.items():
-                if not objective.plain:
-                    raise ValueError(f"{name}: it is for classes; task {self.run.task!r} does not take it")
-        except ValueError as error:
-            raise ConfigError(f"{self.run.name}.objective: {error}") from error
-        return chosen
+    def text_objectives(self) -> objectives.Objectives:
+        """The objectives of the file; to be called when everything else is there."""
 
-    def flow_loss(
-        self, clean: torch.Tensor, tokens: torch.Tensor, noise: BatchNoise, rows: int | None = None
-    ) -> torch.Tensor:
-        """Loss of latents (B, ...) under tokens (B, T); `rows`: how many of the batch's rows these are."""
-        noisy, sigma, target, tokens, _ = self._noised(clean, tokens, noise, rows)
-        return F.mse_loss(self.velocity(noisy, sigma, tokens).float(), target)
+        def example() -> None:
+            clean = self.latents[torch.tensor([0])].float()
+            self._under(self.no_tokens[None])(clean, torch.zeros(1, device=clean.device))
+
+        return self._objectives(labels=False, example=example)
 
     def flow_losses(
-        self, clean: torch.Tensor, tokens: torch.Tensor, noise: BatchNoise, model: nn.Module
-    ) -> dict[str, torch.Tensor]:
-        """The loss of a training step, with the objectives on a network, and what has a name in it."""
-        if not len(self.objectives):
-            return {"loss": self.flow_loss(clean, tokens, noise)}
-        noisy, sigma, target, tokens, dropped = self._noised(clean, tokens, noise, chosen=self.objectives)
-        seen: list[torch.Tensor] = []
-
-        def losses() -> dict[str, torch.Tensor]:
-            seen[:] = [self.velocity(noisy, sigma, tokens).float()]
-            return {"loss": (seen[0] - target).square().flatten(1).mean(1)}
-
-        with self.objectives.around(model, noise):
-            first = losses()
-        step = TrainingStep(
-            model=model,
-            process=Transport(),
-            step=noise.step,
-            progress=noise.step / self.run.steps,
-            clean=clean,
-            noise=target + clean,
-            noisy=noisy,
-            timestep=1 - sigma,  # ours runs from noise to data, and so does the velocity
-            model_timestep=sigma,
-            labels=tokens,
-            dropped=dropped.long(),
-            output=-seen[0],
-            outputs=[-seen[0]],
-            losses=first,
-            draws=noise,
-            again=losses,
-        )
-        return self.objectives(step)
-
-    def _noised(
         self,
         clean: torch.Tensor,
         tokens: torch.Tensor,
         noise: BatchNoise,
-        rows: int | None = None,
+        pictures: Callable[[], torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        """The loss of a training step, with the objectives, and what has a name in it.
+
+        Args:
+            clean, tokens: latents (B, ...) and their captions (B, 1).
+            pictures: gives what `TrainingStep.pictures` does.
+        """
+        return self.trained(*self._drawn(clean, tokens, noise, self.objectives), noise, pictures)
+
+    def flow_loss(self, clean: torch.Tensor, tokens: torch.Tensor, noise: BatchNoise) -> torch.Tensor:
+        """The loss of latents (B, ...) under tokens (B, 1), without objectives."""
+        return self.step(*self._drawn(clean, tokens, noise), noise).losses["loss"].mean()
+
+    def _drawn(
+        self,
+        clean: torch.Tensor,
+        tokens: torch.Tensor,
+        noise: BatchNoise,
         chosen: objectives.Objectives | None = None,
-    ) -> tuple[torch.Tensor, ...]:
-        """Noisy latents, sigma (B,), the velocity to be learned, tokens (B, T) and which were dropped (B,).
+    ) -> tuple[Network, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The network under the captions that are not dropped, latents, noise like them and times (B,).
 
         Objectives that choose the times choose quantiles of sigma.
         """
         options = self.options
-        epsilon = noise.normal(*clean.shape[1:])[:rows]  # like clean
+        epsilon = noise.normal(*clean.shape[1:])  # like clean
         if chosen is not None and "times" in chosen.owners:
             quantile = 1 - chosen.times(noise.uniform(), noise)  # time 0 is noise, sigma 1
             normal = torch.special.ndtri(quantile.clamp(1e-6, 1 - 1e-6))
         else:
-            normal = noise.normal()[:rows]
+            normal = noise.normal()
         sigma = torch.sigmoid(options.sigma_mean + options.sigma_std * normal)  # (B,)
-        dropped = noise.uniform()[:rows] < options.caption_dropout  # (B,)
+        dropped = noise.uniform() < options.caption_dropout  # (B,)
         tokens = torch.where(dropped[:, None], self.no_tokens, tokens)
-        noisy = clean + sigma.view(-1, *[1] * (clean.ndim - 1)) * (epsilon - clean)
-        return noisy, sigma, epsilon - clean, tokens, dropped
+        return self._under(tokens), clean, epsilon, 1 - sigma
+
+    def _under(self, tokens: torch.Tensor) -> Network:
+        """The network under captions (B, 1): times run from noise to data here, and so does the velocity."""
+
+        def network(noisy: torch.Tensor, times: torch.Tensor) -> list[torch.Tensor]:
+            return [-self.velocity(noisy, 1 - times, tokens).float()]
+
+        return network
 
     def export(self, folder: Path) -> None:
         pipe = self.pipeline()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tqdm.auto import tqdm
 
 from ditkit.data.latents import LatentSet
 
@@ -41,7 +42,7 @@ def network_samples(pictures: Any, autoencoder: Any = None, pixels: int | None =
     if isinstance(pictures, LatentSet):
         return pictures.latents()
     parts = []
-    for chunk in torch.arange(len(pictures)).split(64):
+    for chunk in tqdm(torch.arange(len(pictures)).split(64), desc="encoding pictures", delay=2):
         images = pictures.images(chunk.numpy())
         if autoencoder is not None:
             images = encode_pictures(autoencoder, images)

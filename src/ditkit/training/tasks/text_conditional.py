@@ -24,10 +24,12 @@ from ditkit.models.text import text_conditions, text_settings
 from ditkit.pipelines.denoising import scheduler_for
 from ditkit.pipelines.text_conditional import TextConditionalPipeline
 from ditkit.processes.gaussian import GaussianDiffusion
+from ditkit.processes.noising import drawn_times
 from ditkit.processes.transport import Transport
 from ditkit.training.config import ConfigError
 from ditkit.training.order import BatchNoise
-from ditkit.training.tasks.base import Task, TaskOptions, load_frozen
+from ditkit.training.tasks.base import TaskOptions, load_frozen
+from ditkit.training.tasks.denoising import DenoisingTask, Network
 from ditkit.training.tasks.latents import network_samples
 
 ENCODERS: dict[str, tuple[str, Any]] = {
@@ -56,7 +58,7 @@ class TextConditionalOptions(TaskOptions):
     storage: Literal["float32", "float16", "bfloat16"] = "float32"
 
 
-class TextConditionalTask(Task):
+class TextConditionalTask(DenoisingTask):
     Options = TextConditionalOptions
     autoencoder: Any
     text_encoder: Any
@@ -88,6 +90,7 @@ class TextConditionalTask(Task):
         variance = "learned_range" if self.learned else "fixed_small"
         gaussian = options.process == "gaussian"
         self.process = GaussianDiffusion.create(1000, variance=variance) if gaussian else Transport()
+        self.objectives = self._objectives(labels=False, example=self._example)
 
     def _build(self) -> Any:
         options = self.options
@@ -139,27 +142,32 @@ class TextConditionalTask(Task):
         return None if isinstance(self.pictures, LatentSet) else periods(self.run.data, self.pictures)
 
     def forward(self, indices: torch.Tensor, noise: BatchNoise) -> dict[str, torch.Tensor]:
-        return self._losses(self.samples[indices], self.tokens[indices], self.masks[indices], noise)
+        clean = self.samples[indices]
+        epsilon = noise.normal(*clean.shape[1:])  # (B, C, H, W)
+        times = drawn_times(self.process, self.objectives.times(noise.uniform(), noise))  # (B,)
+        network = self._under(*self._dropped(self.tokens[indices], self.masks[indices], noise))
+        return self.trained(network, clean, epsilon, times, noise, self.clean_pictures(indices))
 
-    def _losses(
-        self, clean: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, noise: BatchNoise
-    ) -> dict[str, torch.Tensor]:
-        """Means over samples (B, C, H, W) with captions (B, T)."""
-        epsilon, times = noise.normal(*clean.shape[1:]), noise.uniform()  # (B, C, H, W), (B,)
+    def _dropped(
+        self, tokens: torch.Tensor, mask: torch.Tensor, noise: BatchNoise
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Captions and their masks (B, T), some of them replaced by the empty one."""
         dropped = (noise.uniform() < self.options.caption_dropout)[:, None]  # (B, 1)
-        tokens = torch.where(dropped, self.no_tokens, tokens)
-        mask = torch.where(dropped, self.no_mask, mask)
+        return torch.where(dropped, self.no_tokens, tokens), torch.where(dropped, self.no_mask, mask)
+
+    def _under(self, tokens: torch.Tensor, mask: torch.Tensor) -> Network:
+        """The network under captions (B, T)."""
         conditions = text_conditions(self.model, self.text_encoder, tokens, mask)
 
-        def network(state: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return self.model(state, t, return_dict=False, **conditions)[0].float()
+        def network(state: torch.Tensor, t: torch.Tensor) -> list[torch.Tensor]:
+            return [self.model(state, t, return_dict=False, **conditions)[0].float()]
 
-        if isinstance(self.process, GaussianDiffusion):
-            steps = (times * self.process.num_steps).long()
-            losses = self.process.training_losses(network, clean, steps, epsilon)
-        else:
-            losses = self.process.training_losses(network, clean, epsilon, times)
-        return {name: value.mean() for name, value in losses.items()}
+        return network
+
+    def _example(self) -> None:
+        """A forward of one sample."""
+        clean = self.samples[:1]
+        self._under(self.no_tokens, self.no_mask)(clean, torch.zeros(1, device=clean.device))
 
     def heldout_loss(self) -> dict[str, float]:
         device = self.samples.device
@@ -167,7 +175,10 @@ class TextConditionalTask(Task):
         clean = network_samples(pictures, self.autoencoder, self.options.pixels).to(device)
         tokens, mask = (part.to(device) for part in self._tokenize(pictures.captions))
         noise = BatchNoise(self.run.seed, 0, len(pictures), torch.arange(len(pictures)), device)
-        return {name: float(value) for name, value in self._losses(clean, tokens, mask, noise).items()}
+        epsilon, times = noise.normal(*clean.shape[1:]), drawn_times(self.process, noise.uniform())
+        network = self._under(*self._dropped(tokens, mask, noise))
+        losses = self.step(network, clean, epsilon, times, noise).losses
+        return {name: float(value.mean()) for name, value in losses.items()}
 
     def pipeline(self) -> TextConditionalPipeline:
         """A pipeline over this task's modules."""

@@ -1,8 +1,9 @@
 """Train a Wan transformer with flow matching on the latents of captioned clips.
 
-The text encoder of an earlier stage may train along. Steps of single frames and of whole clips alternate as
-`windows` says; a single frame is the beginning of a clip, with the clip's caption. The latents are encoded
-once and kept beside the autoencoder. The export is a whole `WanPipeline` folder.
+The text encoder of an earlier stage may train along; or it goes on from a whole pipeline (`start_from`), in
+batches of clips. Steps of single frames and of whole clips alternate as `windows` says; a single frame is the
+beginning of a clip, with the clip's caption. The latents are encoded once and kept beside the autoencoder;
+those for a whole pipeline when they are first seen. The export is a whole `WanPipeline` folder.
 
 Steps of thinned clips see some latent frames of each clip, drawn for the step, at their own places in time:
 the same motion in a third of the tokens, and so three times the clips.
@@ -28,11 +29,14 @@ from ditkit.data.clips import open_clips
 from ditkit.data.emoji_motion import EmojiMotion, videos
 from ditkit.data.pictures import grid
 from ditkit.files import whole_file, write_text
-from ditkit.hub import CALL_FILE
+from ditkit.hub import CALL_FILE, call_defaults
+from ditkit.training.config import ConfigError
 from ditkit.training.order import BatchNoise
+from ditkit.training.tasks.captions import Captions
 from ditkit.training.tasks.flow_matching import FlowMatchingOptions, FlowMatchingTask, initialise, zero
+from ditkit.training.tasks.forms import form_of
+from ditkit.training.tasks.kept import KeptSamples
 from ditkit.training.tasks.latents import encode_video
-from ditkit.training.tasks.text_encoders import tokenize
 from ditkit.training.tasks.windows import Windows
 
 HELD_OUT = 32
@@ -40,7 +44,7 @@ GUIDANCE = 2.0
 
 
 class TextToVideoOptions(FlowMatchingOptions):
-    """`clips`: how many are encoded; `start`: an earlier stage of this task to continue from, else fresh
+    """`clips`: how many there are; `start`: an earlier stage of this task to continue from, else fresh
     weights; `thinned`: share of the steps of whole clips that see only `thinned_frames` of their latent
     frames; `shift`: of the sampling times, towards the noisy end."""
 
@@ -58,48 +62,108 @@ class TextToVideoTask(FlowMatchingTask):
     autoencoder: Any
     transformer: Any
     text_encoder: Any
-    latents: torch.Tensor
+    latents: torch.Tensor | KeptSamples
     tokens: torch.Tensor
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         options = self.options
-        texts = self.stage_folder(options.start or options.text_encoder)
-        self.tokenizer = AutoTokenizer.from_pretrained(texts / "tokenizer")
-        self.text_encoder = UMT5EncoderModel.from_pretrained(texts / "text_encoder", dtype=torch.float32)
-        self.text_encoder.requires_grad_(options.train_text_encoders)
-        coder = self.stage_folder(options.autoencoder)
-        self.autoencoder = AutoencoderKLWan.from_pretrained(coder).requires_grad_(False)
-        self.autoencoder.register_to_config(_name_or_path="")
-        self.transformer = self._transformer()
+        self.pipe: Any = self.started(WanPipeline)
+        self.guidance = GUIDANCE if self.pipe is None else call_defaults(self.pipe)["guidance_scale"]
+        if self.pipe is None:
+            self.pipe = self._begun()
+        self._check_parts()
+        self.autoencoder = self.pipe.vae.requires_grad_(False)
+        self.text_encoder = self.pipe.text_encoder.requires_grad_(options.train_text_encoders)
+        self.transformer = self.pipe.transformer
         self.transformer.rope.forward = partial(self._rotary, self.transformer.rope.forward)
         self._places: list[int] | None = (
             None  # of the latent frames that the transformer sees; None: from 0 on
         )
         self.clips = open_clips(self.run.data, self.run.seed)
         self.frames = max(options.windows.lengths)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.run.precision == "bf16"):
-            latents = kept_latents(self.autoencoder, self.clips, options.clips, self.frames, coder.parent)
-        self.register_buffer("latents", latents, persistent=False)  # (N, C, F, H, W) bfloat16
+        self._hold_latents()
+        self.form = form_of(self.pipe)
+        self.captions = Captions(
+            self.pipe, self.form, options.max_sequence_length, options.train_text_encoders
+        )
         captions = [self.clips.scene(i)[2] for i in range(options.clips)]
-        self.register_buffer("tokens", tokenize(self.tokenizer, captions), persistent=False)  # (N, T)
-        self.register_buffer("no_tokens", tokenize(self.tokenizer, [""])[0], persistent=False)  # (T,)
+        self.register_buffer("tokens", self.captions.numbers(captions), persistent=False)  # (N, 1)
+        self.register_buffer("no_tokens", self.captions.numbers([""])[0], persistent=False)  # (1,)
+        self._heldout: tuple[KeptSamples, torch.Tensor] | None = None
+        side = self.run.data.size // self.pipe.vae_scale_factor_spatial
+        self.follow(self.pipe.scheduler, self._latent_frames(self.frames) * side**2)
+        self.objectives = self.text_objectives()
 
-    def _transformer(self) -> Any:
-        options, channels = self.options, self.autoencoder.config.z_dim
+    def _begun(self) -> WanPipeline:
+        """A pipeline of the earlier stages' parts."""
+        options = self.options
+        texts = self.stage_folder(options.start or options.text_encoder)
+        text_encoder: Any = UMT5EncoderModel.from_pretrained(texts / "text_encoder", dtype=torch.float32)
+        autoencoder: Any = AutoencoderKLWan.from_pretrained(self.stage_folder(options.autoencoder))
+        autoencoder.register_to_config(_name_or_path="")
+        return WanPipeline(
+            tokenizer=AutoTokenizer.from_pretrained(texts / "tokenizer"),
+            text_encoder=text_encoder,
+            vae=autoencoder,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=options.shift),
+            transformer=self._transformer(autoencoder.config.z_dim, text_encoder.config.d_model),
+        )
+
+    def _transformer(self, channels: int, text_dim: int) -> Any:
+        options = self.options
         if options.start is not None:
             folder = self.stage_folder(options.start) / "transformer"
             transformer = WanTransformer3DModel.from_pretrained(folder, dtype=torch.float32)
             transformer.register_to_config(_name_or_path="")  # no folder of a run in what it exports
             return transformer
         transformer = WanTransformer3DModel(
-            in_channels=channels,
-            out_channels=channels,
-            text_dim=self.text_encoder.config.d_model,
-            **options.transformer,
+            in_channels=channels, out_channels=channels, text_dim=text_dim, **options.transformer
         )
         _initialise(transformer)
         return transformer
+
+    def _check_parts(self) -> None:
+        """Refuse a pipeline that does more in a call than this task in a step.
+
+        Raises:
+            ConfigError: what it has, and what is supported.
+        """
+        pipe, reason = self.pipe, None
+        if pipe.transformer is None or pipe.transformer_2 is not None:
+            reason = "it has another transformer for little noise"
+        elif pipe.config.expand_timesteps:
+            reason = "its tokens have times of their own"
+        elif pipe.transformer.config.in_channels != pipe.vae.config.z_dim:
+            reason = "its transformer also reads pictures"
+        if reason:
+            raise ConfigError(
+                f"{self.run.name}.task_options.start_from: {reason}; Wan 2.1's text to video is supported"
+            )
+
+    def _hold_latents(self) -> None:
+        """`latents`: (N, C, F, H, W) of the clips."""
+        options = self.options
+        if options.start_from is not None:
+            self.latents = self._latents(self.clips, options.clips)
+            return
+        folder = self.stage_folder(options.autoencoder).parent
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.run.precision == "bf16"):
+            latents = kept_latents(self.autoencoder, self.clips, options.clips, self.frames, folder)
+        self.register_buffer("latents", latents, persistent=False)  # bfloat16
+
+    def _latents(self, clips: EmojiMotion, count: int) -> KeptSamples:
+        """The latents of the first clips, each encoded when it is first seen."""
+
+        def encode(index: int) -> torch.Tensor:
+            video = clips.clip(index).video[None, :, : self.frames]
+            return encode_video(self.autoencoder, video.to(self.autoencoder.device))
+
+        return KeptSamples(encode, count, lambda: self.autoencoder.device, "encoding clips")
+
+    @property
+    def adaptable(self) -> Any:
+        return self.transformer
 
     @property
     def sample_count(self) -> int:
@@ -112,13 +176,25 @@ class TextToVideoTask(FlowMatchingTask):
             drawn = torch.tensor([noise.shared() for _ in places]).argsort()[: self.options.thinned_frames]
             places = sorted(drawn.tolist())
             frames = (len(places) - 1) * self.autoencoder.config.scale_factor_temporal + 1
-        rows = max(1, len(indices) // frames)
-        latents = self.latents[indices[:rows]][:, :, places].float()
+        rows = max(1, len(indices) // frames) if self.options.start_from is None else len(indices)
+        indices = indices[:rows]
+        latents = self.latents[indices][:, :, places].float()
+
+        def pictures() -> torch.Tensor:
+            return self._pictures(indices, places).to(latents.device)
+
         self._places = places
         try:
-            return {"loss": self.flow_loss(latents, self.tokens[indices[:rows]], noise, rows)}
+            return self.flow_losses(latents, self.tokens[indices], noise.first(rows), pictures)
         finally:
             self._places = None
+
+    def _pictures(self, indices: torch.Tensor, places: list[int]) -> torch.Tensor:
+        """Of clips (B,), the first of the frames that each of the latent frames at `places` covers: the
+        encoder sees the first frame of a clip alone, (B, 3, F, H', W')."""
+        covers = self.autoencoder.config.scale_factor_temporal
+        first = [0 if place == 0 else (place - 1) * covers + 1 for place in places]
+        return videos([self.clips.clip(int(index)) for index in indices])[:, :, first]
 
     def _rotary(self, rotary: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The transformer's rotary factors (1, F H W, 1, D), for frames at other places than 0, 1, 2, ..."""
@@ -133,38 +209,35 @@ class TextToVideoTask(FlowMatchingTask):
         return (frames - 1) // self.autoencoder.config.scale_factor_temporal + 1
 
     def velocity(self, noisy: torch.Tensor, sigma: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        mask = tokens != self.text_encoder.config.pad_token_id  # (B, T)
-        states = self.text_encoder(tokens, mask.long()).last_hidden_state
         return self.transformer(
             hidden_states=noisy,
-            timestep=1000 * sigma,
-            encoder_hidden_states=states * mask[..., None],  # as WanPipeline: nothing after the end
+            timestep=self.form.times * sigma,
+            **self.captions.given(tokens),
             return_dict=False,
         )[0]
 
     def heldout_loss(self) -> dict[str, float]:
         """Clips of another seed: the same objects at other places."""
-        clips = open_clips(self.run.data, self.run.seed + 1)
-        device = self.latents.device
-        clean = _encode(self.autoencoder, clips, range(HELD_OUT), self.frames).to(device)
-        tokens = tokenize(self.tokenizer, [clips.scene(i)[2] for i in range(HELD_OUT)]).to(device)
-        noise = BatchNoise(self.run.seed, 0, HELD_OUT, torch.arange(HELD_OUT), device)
-        return {"loss": float(self.flow_loss(clean, tokens, noise))}
+        device = self.tokens.device
+        if self._heldout is None:
+            clips = open_clips(self.run.data, self.run.seed + 1)
+            numbers = self.captions.numbers([clips.scene(i)[2] for i in range(HELD_OUT)])
+            self._heldout = self._latents(clips, HELD_OUT), numbers.to(device)
+        latents, tokens = self._heldout
+        total = 0.0
+        for rows in torch.arange(HELD_OUT).split(8):
+            noise = BatchNoise(self.run.seed, 0, HELD_OUT, rows, device)
+            total += len(rows) * float(self.flow_loss(latents[rows], tokens[rows], noise))
+        return {"loss": total / HELD_OUT}
 
-    def pipeline(self) -> WanPipeline:
-        """A `WanPipeline` over this task's modules."""
-        return WanPipeline(
-            tokenizer=self.tokenizer,
-            text_encoder=self.text_encoder,
-            vae=self.autoencoder,
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=self.options.shift),
-            transformer=self.transformer,
-        )
+    def pipeline(self) -> Any:
+        """The `WanPipeline` of this task's modules."""
+        return self.pipe
 
     def export(self, folder: Path) -> None:
         super().export(folder)
         size = self.run.data.size
-        call = {"height": size, "width": size, "num_frames": self.frames, "guidance_scale": GUIDANCE}
+        call = {"height": size, "width": size, "num_frames": self.frames, "guidance_scale": self.guidance}
         write_text(folder / CALL_FILE, json.dumps(call) + "\n")
 
     def draw(self) -> Image.Image | None:
@@ -179,8 +252,8 @@ class TextToVideoTask(FlowMatchingTask):
             width=self.run.data.size,
             num_frames=self.frames,
             num_inference_steps=self.options.preview_steps,
-            guidance_scale=GUIDANCE,
-            max_sequence_length=self.tokenizer.model_max_length,
+            guidance_scale=self.guidance,
+            max_sequence_length=self.captions.length,
             generator=[torch.Generator().manual_seed(i) for i in range(len(self.options.preview))],
             output_type="pt",
         ).frames[:, ::2]  # (B, F / 2, 3, H, W) in [0, 1]
