@@ -1,4 +1,5 @@
-"""What the README names is there: files, commands, targets, methods, public names."""
+"""What the README and the pages that it leads to name is there: files, commands, targets, methods, public
+names."""
 
 from __future__ import annotations
 
@@ -13,15 +14,23 @@ from ditkit import registry
 from ditkit.cli import app
 
 ROOT = Path(__file__).parents[1]
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "docs" / "training.md", ROOT / "docs" / "bundled_models.md"]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 
 
-LINKS = re.findall(r"(?<!!)\[[^\]]*\]\(([^)#:]+)\)", TEXT)  # not the pictures
+def links(page: Path) -> set[str]:
+    """To files, those of the pictures left out."""
+    return set(re.findall(r"(?<!!)\[[^\]]*\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")))
 
 
-@pytest.mark.parametrize("link", sorted(set(LINKS)))
-def test_links_lead_somewhere(link: str) -> None:
-    assert (ROOT / link).exists()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in links(page):
+        assert (page.parent / link).exists(), link
+
+
+def test_every_page_is_led_to() -> None:
+    assert {str(page.relative_to(ROOT)) for page in PAGES[1:]} <= links(PAGES[0])
 
 
 def test_commands_exist() -> None:

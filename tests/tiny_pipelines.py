@@ -9,9 +9,12 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLWan,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     WanPipeline,
@@ -68,19 +71,7 @@ def flux(seed: int = 0, double: int = 2, single: int = 2, guidance_embeds: bool 
     t5 = T5EncoderModel(
         T5Config(vocab_size=words, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0)
     )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-        mid_block_add_attention=False,
-        shift_factor=0.0,
-        scaling_factor=1.0,
-    )
+    vae = _autoencoder()
     transformer = FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
@@ -204,6 +195,53 @@ def wan(seed: int = 0, layers: int = 2) -> WanPipeline:
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def pixart(seed: int = 0, layers: int = 2) -> PixArtSigmaPipeline:
+    """PixArtSigmaPipeline: 16 px pictures in 4x4 tokens, 8 text tokens, width 32."""
+    torch.manual_seed(seed)
+    tokenizer = word_tokenizer()
+    encoder = T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2, pad_token_id=0
+        )
+    )
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        num_layers=layers,
+        cross_attention_dim=32,
+        sample_size=8,
+        caption_channels=24,
+        use_additional_conditions=False,
+    )
+    _wake(transformer)
+    pipe = PixArtSigmaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder.eval(),
+        vae=_autoencoder().eval(),
+        transformer=transformer.eval(),
+        scheduler=DPMSolverMultistepScheduler(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _autoencoder() -> AutoencoderKL:
+    """Of 4 channels and half the side."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+        shift_factor=0.0,
+        scaling_factor=1.0,
+    )
 
 
 def _wake(model: torch.nn.Module) -> None:

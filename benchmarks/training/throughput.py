@@ -149,9 +149,10 @@ def curves(case: str, steps: int, batch: int = 8, side: int = 16) -> tuple[list[
         task: Any = ours.task
         mine, theirs = [], []
         for step in range(steps):
-            position = ours.order.position
-            rows = ours.order.take(batch)
-            ours.order.position = position
+            order = ours.state.order
+            position = order.position
+            rows = order.take(batch)
+            order.position = position
             noise = BatchNoise(SEED, step, batch, torch.arange(batch), torch.device("cpu"))
             epsilon, times = noise.normal(4, side, side), (noise.uniform() * 1000).long()
             dropped = noise.uniform() < DROPOUT

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ditkit.analysis.bench import bench
-    from ditkit.analysis.compare import compare
+    from ditkit.analysis.compare.comparison import compare
     from ditkit.analysis.tune import tune
     from ditkit.hub import load
     from ditkit.methods.cg_taylor import CGTaylor
@@ -29,7 +29,7 @@ _HOMES = {
     "Run": "ditkit.seams.apply",
     "load": "ditkit.hub",
     "bench": "ditkit.analysis.bench",
-    "compare": "ditkit.analysis.compare",
+    "compare": "ditkit.analysis.compare.comparison",
     "tune": "ditkit.analysis.tune",
     "Recipe": "ditkit.recipes",
     "train": "ditkit.training.trainer",

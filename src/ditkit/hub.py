@@ -48,9 +48,12 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32, **kwargs: Any) ->
         near = difflib.get_close_matches(str(name), BUNDLED, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"bundled are {', '.join(BUNDLED)}"
         raise FileNotFoundError(f"no pipeline {str(name)!r}: no such folder, and {hint}")
-    if (own := _own_pipeline(path)) is not None:
+    index = _index(path)
+    if (own := _own_pipeline(index)) is not None:
         return own.from_pretrained(str(path), dtype=dtype, use_safetensors=True, **kwargs)
-    if not path.is_dir() or "ditkit.models" in (path / "model_index.json").read_text(encoding="utf-8"):
+    if not index or any(
+        isinstance(part, list) and str(part[0]).startswith("ditkit.models.") for part in index.values()
+    ):
         registry.entries("model")  # diffusers loads no class whose module is not imported yet
     pipe = DiffusionPipeline.from_pretrained(str(name), dtype=dtype, use_safetensors=True, **kwargs)
     call = path / CALL_FILE
@@ -61,16 +64,19 @@ def load(name: str | Path, dtype: torch.dtype = torch.float32, **kwargs: Any) ->
     return _with_defaults_of_its_parts(pipe, tokenizer) if small else pipe
 
 
-def _own_pipeline(folder: Path) -> Any:
+def _index(folder: Path) -> dict[str, Any]:
+    """What a pipeline's folder says of its parts; nothing for repositories."""
+    file = folder / "model_index.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _own_pipeline(index: dict[str, Any]) -> Any:
     """The class of `ditkit.pipelines` that a folder is of; None for diffusers' own and for repositories."""
-    index = folder / "model_index.json"
-    if not index.is_file():
-        return None
-    name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     from ditkit import pipelines
 
-    for found in pkgutil.iter_modules(pipelines.__path__):
-        cls = getattr(importlib.import_module(f"{pipelines.__name__}.{found.name}"), str(name), None)
+    name = str(index.get("_class_name"))
+    for found in pkgutil.iter_modules(pipelines.__path__) if index else ():
+        cls = getattr(importlib.import_module(f"{pipelines.__name__}.{found.name}"), name, None)
         if isinstance(cls, type) and cls.__module__.startswith(pipelines.__name__):
             return cls
     return None

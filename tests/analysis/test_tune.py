@@ -203,17 +203,17 @@ def test_a_lucky_round_is_measured_again(pipe, monkeypatch) -> None:
     assert objective(recipe, lambda found: False).time_ratio == pytest.approx(0.8)
 
 
-def test_prompts_are_split() -> None:
-    search, heldout = split([str(i) for i in range(9)])
+def test_prompts_are_split(pipe) -> None:
+    search, heldout = split([str(i) for i in range(9)], pipe)
     assert (search, heldout) == (["0", "2", "4", "6", "8"], ["1", "3", "5", "7"])
-    assert split(["a", "b"]) == (["a", "b"], ["a", "b"])
-    for one in split(None, clips=True):
+    assert split(["a", "b"], pipe) == (["a", "b"], ["a", "b"])
+    for one in split(None, tiny_pipelines.wan()):
         assert all(read_caption(text) for text in one) and len(one) == 4
-    search, heldout = split(None)
+    search, heldout = split(None, pipe)
     assert len(search) == len(heldout) == 8
     assert not set(search) & set(heldout)
     with pytest.raises(ValueError, match="prompts is empty"):
-        split([])
+        split([], pipe)
 
 
 def test_the_default_prompts_are_known_to_the_bundled_model() -> None:

@@ -68,6 +68,48 @@ def test_with_a_method(ditkit, exported: dict[str, Path]) -> None:
     assert Path("a-1.png").read_bytes() != Path("b-1.png").read_bytes()
 
 
+def test_bench_of_classes(ditkit, exported: dict[str, Path]) -> None:
+    line = f"bench --model {exported['flow']} --steps 4 --repeats 1 --no-peers --with taylorseer:interval=2"
+    for options, drawn in (("", ["flag", "keycap"] * 4), ("-p Flag -p 1", ["Flag", "1"])):
+        result = ditkit(f"{line} {options} --out bench")
+        assert result.exit_code == 0, result.output
+        found = json.loads(Path("bench/bench.json").read_text())
+        assert found["prompts"] == drawn
+        kinds = {row["kind"]: row for row in found["rows"]}
+        assert kinds["dense"]["latent_error"] == 0 < kinds["method"]["latent_error"]
+    refused = ditkit(f"{line} -p zebra --out other")
+    assert refused.exit_code == 2 and "no class 'zebra'" in refused.stderr
+    assert not Path("other").exists()
+
+
+def test_tune_of_classes(ditkit, exported: dict[str, Path]) -> None:
+    line = f"tune --model {exported['flow']} --max-error 0.5 --steps 4 --trials 2 --repeats 1"
+    result = ditkit(f"{line} --method taylorseer --out tune")
+    assert result.exit_code == 0, result.output
+    drawn = ditkit(f"generate flag --model {exported['flow']} --recipe tune/recipe.yaml --out a.png")
+    assert drawn.exit_code == 0, drawn.output
+    Path("classes.txt").write_text("flag\nzebra\n")
+    refused = ditkit(f"{line} --prompts classes.txt --out other")
+    assert refused.exit_code == 2 and "no class 'zebra'" in refused.stderr
+    assert not Path("other").exists()
+
+
+def test_eval_of_classes(ditkit, exported: dict[str, Path], folder: Path, tree: Path) -> None:  # noqa: F811
+    """Groups of the emoji need no data; the drawn pictures are as frequent as the true ones."""
+    result = ditkit(f"eval {exported['flow']} --count 12 --steps 2 --out found")
+    assert result.exit_code == 0, result.output
+    found = json.loads(Path("found/eval.json").read_text())
+    assert set(found["by_class"]) == {"flag", "keycap"}
+    assert sum(asked for _, asked in found["by_class"].values()) == 12
+    assert f"{100 * found['recognised']:.1f} %" in result.stdout and "not FID" in result.stdout
+    assert Path("found/pictures.png").is_file()
+    others = ditkit(f"eval {exported['flow']} --data {tree} --out other")
+    assert others.exit_code != 0 and "not among those of training" in others.stderr
+    text = ditkit(f"eval {folder} --data {tree} --out other")
+    assert text.exit_code == 2 and "--data is for class-conditional models" in text.stderr
+    assert not Path("other").exists()
+
+
 @pytest.mark.parametrize("arch", ["pt-dit", "dico"])
 def test_a_text_and_a_method_that_can_not_work(ditkit, tmp_path: Path, arch: str) -> None:
     text_pipeline(arch).save_pretrained("texts")

@@ -18,7 +18,7 @@ from ditkit.training.objectives.haste import attention_loss, projection_loss
 from ditkit.training.order import BatchNoise, split_rows
 from ditkit.training.tasks import find
 from ditkit.training.trainer import run_stage
-from tiny_pipelines import flux
+from tiny_pipelines import flux, sd3
 from training.conftest import vision_transformer
 from training.test_clip_tasks import AUTOENCODER, CLIPS, SHARED, TEXT_ENCODER
 from training.test_text_conditional import COMMON, MODELS, TEXTS
@@ -38,6 +38,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             picture(colour, shade).save(home / "pictures" / colour / f"{colour}_square-{shade}.png")
     vision_transformer(home / "vision")
     flux().save_pretrained(home / "flux")
+    sd3().save_pretrained(home / "sd3")
     texts = {**COMMON, "name": "text_encoders", "task": "text-encoders", "data": pictures(home)}
     for stage in ({**texts, "task_options": TEXTS}, {**SHARED, **AUTOENCODER}, {**SHARED, **TEXT_ENCODER}):
         run = RunConfig.model_validate({**stage, "steps": 1})
@@ -147,6 +148,17 @@ def test_each_frame_follows_its_own_picture(home: Path, task: str) -> None:
         attentions.append(attention_loss(ours, [view.attention[2], view.attention[1]]))
     torch.testing.assert_close(losses["alignment"], torch.stack(alignments).mean())
     torch.testing.assert_close(losses["attention_alignment"], torch.stack(attentions).mean())
+
+
+def test_stable_diffusion_3_follows_too(home: Path) -> None:
+    options = {"start_from": str(home / "sd3"), "train_text_encoders": False}
+    chosen = {**haste(home, depth=1), "sra": {"student_block": 1, "teacher_block": 2}}
+    task = opened(home, stage(home, "text-to-image", task_options=options, objective=chosen))
+    losses = task(*batch(task))
+    losses["loss"].backward()
+    assert {"alignment", "attention_alignment", "self_alignment"} <= set(losses)
+    trained = [p for p in task.objectives.parameters() if p.requires_grad]
+    assert trained and all(p.grad is not None and p.grad.any() for p in trained)
 
 
 def test_a_latent_frame_stands_for_the_first_that_it_covers(home: Path) -> None:

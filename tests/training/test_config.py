@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from ditkit.analysis import compare_config
+from ditkit.analysis.compare import config as comparison
 from ditkit.training.config import ConfigError, load
 
 
@@ -16,7 +16,7 @@ def test_bundled_configurations_are_valid(request):
     files = sorted(folder.glob("*.yaml"))
     assert files
     for path in files:
-        (compare_config.load if path.name.startswith("compare_") else load)(path)
+        (comparison.load if path.name.startswith("compare_") else load)(path)
 
 
 @pytest.mark.parametrize(

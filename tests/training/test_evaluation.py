@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
+from ditkit.analysis.drawing import resized
 from ditkit.analysis.inception import WEIGHTS, Inception, InceptionError, inception_score
 from ditkit.training.config import ConfigError, EvaluationConfig, load
-from ditkit.training.evaluation import Evaluation, draw, frequent_labels, resized
+from ditkit.training.evaluation import Evaluation
 from ditkit.training.tasks import find
 from ditkit.training.trainer import train
 
@@ -65,21 +66,6 @@ def test_true_pictures_are_perfect_and_noise_is_not(training_file, vision, with_
     poor = evaluation(Copies(task, noise, evaluation._labels))
     assert poor["evaluation_distance"] > 2 * perfect["evaluation_distance"] + 0.2
     assert poor["evaluation_recall"] < perfect["evaluation_recall"]
-
-
-def test_drawing_is_the_same_each_time_and_takes_the_steps_asked_for(training_file):
-    task = open_task(training_file())
-    labels = torch.tensor([0, 1, 1])
-    torch.nn.init.normal_(task.model.final_layer.linear.weight)  # a fresh network predicts nothing
-    with torch.no_grad():
-        first, second, other = (draw(task, labels, seed, 3) for seed in (1, 1, 2))
-        longer = draw(task, labels, 1, 9)
-    assert torch.equal(first, second) and not torch.equal(first, other) and not torch.equal(first, longer)
-
-
-def test_classes_are_as_frequent_as_in_the_data():
-    labels = torch.tensor([2] * 60 + [0] * 30 + [1] * 10)
-    assert frequent_labels(labels, 20).bincount().tolist() == [6, 2, 12]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from ditkit.analysis.contestants import Contestant
 from ditkit.analysis.explain import Expectation
 from ditkit.analysis.meter import Count, count
 from ditkit.analysis.result import BenchResult, Row
-from ditkit.analysis.sampling import Sample, Sampling, draws_clips, sample
+from ditkit.analysis.sampling import Sample, Sampling, draws_classes, draws_clips, sample, some_classes
 from ditkit.recipes import Recipe
 
 PROMPTS = (
@@ -96,10 +96,11 @@ def bench(
     """Compare ways to sample from one model.
 
     Args:
-        model: a diffusers text-to-image pipeline with a transformer, or what `ditkit.load` takes.
+        model: a diffusers text-to-image pipeline with a transformer, a class-conditional one of ours, or what
+            `ditkit.load` takes.
         methods: each a method, text such as `"taylorseer:interval=4"`, a sequence to apply together, a
             recipe, or a `Contestant` of one's own.
-        prompts: one picture or clip each; None for `PROMPTS`, or `CLIP_PROMPTS` for a model of clips.
+        prompts: one picture or clip each, of a class where classes are drawn; None: see `prompts_for`.
         sampling: steps, guidance, size and seed; the same noise for every contestant.
         repeats: timed rounds, after one round of counting that also warms up.
         batch: at most so many pictures in one call of the pipeline.
@@ -143,6 +144,11 @@ def bench(
             everyone.append(_entrant(who.plain(steps), sampling))
             note(f"counting: {everyone[-1].contestant.label}", len(everyone) - 1)
             _count(pipe, everyone[-1], prompts[:batch], base)
+        if everyone[-1].row.kind == "plain" and _draws_noise(pipe.scheduler):
+            everyone[-1].row.notes.append(
+                f"{type(pipe.scheduler).__name__} draws noise at every step, so that with fewer of them the "
+                "pictures are others, not worse ones by so much"
+            )
     for turn in range(repeats):
         for index, entrant in enumerate(everyone):
             note(entrant.contestant.label, (turn + 1) * len(everyone) + index)
@@ -164,7 +170,9 @@ def bench(
 
 
 def prompts_for(pipe: Any) -> list[str]:
-    """What is drawn when nobody says what."""
+    """What is drawn when nobody says what: captions, or some of a pipeline's classes."""
+    if draws_classes(pipe):
+        return some_classes(pipe, len(PROMPTS))
     return list(CLIP_PROMPTS if draws_clips(pipe) else PROMPTS)
 
 
@@ -251,6 +259,11 @@ def _steps_computed(spent: Count, steps: int) -> int | None:
         return None
     dear = sum(value > 0.99 * max(flops) for value in flops)
     return round(dear * steps / len(flops))
+
+
+def _draws_noise(scheduler: Any) -> bool:
+    """Whether a scheduler adds noise of its own; diffusers' have only their names in common."""
+    return any(part in type(scheduler).__name__ for part in ("DDPM", "Ancestral"))
 
 
 def _computed(everyone: Sequence[_Entrant]) -> set[int]:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ditkit.analysis.drawing import resized
 from ditkit.analysis.sampling import Sampling, sample
 from ditkit.data.emoji import GROUPS, EmojiDataset
 from ditkit.data.pictures import grid
@@ -66,7 +67,8 @@ class Evaluation:
 
     Args:
         accuracy: share of captions whose picture is nearest to the prompted one.
-        ceiling: the same for the true pictures after the autoencoder: no transformer can do better.
+        ceiling: the same for the true pictures after the autoencoder, or at the size that is drawn where
+            there is none: no transformer can do better.
         by_group: group -> (right, asked).
         wrong: (caption, caption of the nearest picture) of the others.
         seconds: of all generations together.
@@ -119,7 +121,7 @@ def evaluate(
         model = load(model)
     chosen = np.sort(np.random.default_rng(seed).permutation(len(judge.dataset))[:count])
     captions = [judge.dataset.captions[i] for i in chosen]
-    images, seconds = _draw(model, captions, steps, guidance, seed, batch)
+    images, seconds = draw(model, captions, steps, guidance, seed, batch)
     found = judge.nearest(images).numpy()
     right = found == chosen
     groups = np.array([judge.dataset.rows[i].group for i in chosen])
@@ -139,16 +141,16 @@ def evaluate(
         guidance=guidance,
         seconds=seconds,
         pictures=grid(images, columns=20),
-        unseen=grid(_draw(model, list(UNSEEN), steps, guidance, seed, batch)[0], columns=8)
+        unseen=grid(draw(model, list(UNSEEN), steps, guidance, seed, batch)[0], columns=8)
         if unseen
         else None,
     )
 
 
-def _draw(
+def draw(
     pipe: Any, captions: list[str], steps: int, guidance: float | None, seed: int, batch: int
 ) -> tuple[torch.Tensor, float]:
-    """Pictures (B, 3, H, W) in [-1, 1] and the seconds they took."""
+    """Pictures (B, 3, H, W) in [-1, 1] of captions or classes, and the seconds they took."""
     parts, seconds = [], 0.0
     for start in tqdm(range(0, len(captions), batch), desc="drawing", unit="batch", delay=2):
         sampling = Sampling(steps=steps, guidance=guidance, seed=seed + start)
@@ -162,7 +164,11 @@ def _draw(
 def _through_autoencoder(pipe: Any, judge: Judge, chosen: np.ndarray) -> np.ndarray:
     found = []
     for rows in np.array_split(chosen, max(1, len(chosen) // 50)):
-        images = judge.dataset.images(rows).to(pipe.vae.device, pipe.vae.dtype)
-        restored = pipe.vae.decode(pipe.vae.encode(images).latent_dist.mean).sample
+        images = judge.dataset.images(rows)
+        if pipe.vae is None:  # it draws pixels, of a size of its own
+            restored = resized(images, pipe.transformer.latent_size)
+        else:
+            images = images.to(pipe.vae.device, pipe.vae.dtype)
+            restored = pipe.vae.decode(pipe.vae.encode(images).latent_dist.mean).sample
         found.append(judge.nearest(restored.float().cpu()).numpy())
     return np.concatenate(found)

@@ -22,11 +22,16 @@ Dimensions: B pictures, N true pictures, F features, K components.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from ditkit.models.teachers import Teacher
+
+BATCH = 128
 COLOUR_GRID, GRADIENT_GRID, COMPONENTS = 8, 4, 32
 
 
@@ -39,6 +44,17 @@ def features(images: Tensor) -> Tensor:
     down = F.pad(brightness.diff(dim=2).abs(), (0, 0, 0, 1))
     edges = F.interpolate(torch.cat([across, down], dim=1), size=GRADIENT_GRID, mode="area").flatten(1)
     return torch.cat([colours, edges], dim=1)
+
+
+def seen_by(teacher: Teacher) -> Callable[[Tensor], Tensor]:
+    """The features of a frozen vision transformer: of pictures (B, 3, H, W), the mean of its patches' last
+    tokens (B, F)."""
+
+    def look(images: Tensor) -> Tensor:
+        grid = (max(1, images.shape[2] // teacher.patch[0]), max(1, images.shape[3] // teacher.patch[1]))
+        return torch.cat([teacher(part, grid).tokens.mean(1) for part in images.split(BATCH)])
+
+    return look
 
 
 class Yardstick:
@@ -91,8 +107,12 @@ class Yardstick:
 
     def recognised(self, images: Tensor, labels: Tensor) -> float:
         """Share of pictures (B, 3, H, W) whose nearest true picture is of the class (B,) asked for."""
+        return float(self.recognises(images, labels).float().mean())
+
+    def recognises(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Of each picture, whether its nearest true one is of the class asked for, (B,)."""
         nearest = torch.cdist(self.place(images), self.points).argmin(1)
-        return float((self.labels[nearest] == labels).float().mean())
+        return self.labels[nearest] == labels
 
 
 def frechet_distance(drawn: Tensor, true: Tensor) -> float:

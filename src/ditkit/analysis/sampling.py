@@ -18,6 +18,10 @@ STRIP = 5
 """Frames of a clip that stand for it where a picture is needed."""
 
 
+LEAST_BINNED = 16
+"""The least side of latents at which pipelines have a table of sizes to round to; below they raise."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How pictures are drawn.
@@ -120,9 +124,14 @@ def _one_call(
             on_step(index)
         return {}
 
+    def after_old_step(index: int, _: Any, latents: torch.Tensor) -> None:
+        after_step(None, index, None, {"latents": latents})
+
     known = inspect.signature(pipe.__call__).parameters
     if "callback_on_step_end" in known:
         arguments["callback_on_step_end"] = after_step
+    elif "callback" in known:  # older pipelines of diffusers, PixArt's among them
+        arguments["callback"] = after_old_step
     if "callback_on_step_end_tensor_inputs" in known:
         arguments["callback_on_step_end_tensor_inputs"] = ["latents"]
     arguments["class_labels" if draws_classes(pipe) else "prompt"] = list(prompts)
@@ -157,6 +166,14 @@ def draws_classes(pipe: Any) -> bool:
     return hasattr(pipe, "find") and "class_labels" in inspect.signature(pipe.__call__).parameters
 
 
+def some_classes(pipe: Any, count: int) -> list[str]:
+    """`count` classes of a pipeline that draws them: spread over all, or in turn where there are fewer."""
+    known = pipe.classes
+    if len(known) <= count:
+        return [known[i % len(known)] for i in range(count)]
+    return [known[round(i)] for i in np.linspace(0, len(known) - 1, count)]
+
+
 def call_arguments(pipe: Any, sampling: Sampling, count: int) -> dict[str, Any]:
     """The keyword arguments of `pipe(...)` for these settings and `count` prompts.
 
@@ -186,6 +203,8 @@ def call_arguments(pipe: Any, sampling: Sampling, count: int) -> dict[str, Any]:
         arguments["max_sequence_length"] = text_length(pipe)  # never shown longer padding
     if sampling.size is not None:
         arguments["height"], arguments["width"] = sampling.size
+    if "use_resolution_binning" in known and _latent_side(pipe) < LEAST_BINNED:
+        arguments["use_resolution_binning"] = False
     if sampling.frames is not None:
         if "num_frames" not in known:
             raise TypeError(f"{type(pipe).__name__} draws pictures; frames are of a text-to-video pipeline")
@@ -207,6 +226,12 @@ def text_length(pipe: Any) -> int:
     if not lengths:
         raise TypeError(f"{type(pipe).__name__} has no tokenizer and no max_sequence_length")
     return min(lengths)
+
+
+def _latent_side(pipe: Any) -> int:
+    """Of the latents that a transformer was built for, where it says."""
+    side = getattr(getattr(pipe, "transformer", None), "config", {}).get("sample_size")
+    return side if isinstance(side, int) else LEAST_BINNED
 
 
 def _synchronize(pipe: Any) -> None:

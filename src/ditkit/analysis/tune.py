@@ -25,7 +25,7 @@ from ditkit.analysis.bench import CLIP_PROMPTS, PROMPTS, Judge, Progress, bench,
 from ditkit.analysis.explain import PipelineCost, expect, measure
 from ditkit.analysis.metrics import relative_l2_each
 from ditkit.analysis.result import BenchResult
-from ditkit.analysis.sampling import Sample, Sampling, draws_clips, sample
+from ditkit.analysis.sampling import Sample, Sampling, draws_classes, draws_clips, sample, some_classes
 from ditkit.analysis.selection import Outcome, choose, pareto, shortlist
 from ditkit.analysis.space import Space, search_of, space_for
 from ditkit.files import write_text
@@ -161,13 +161,13 @@ def tune(
     `tune.json` and `report.html`. Ctrl-C keeps the finished trials and returns what there is.
 
     Args:
-        model: a text-to-image pipeline, or what `ditkit.load` takes.
+        model: a text-to-image pipeline, a class-conditional one of ours, or what `ditkit.load` takes.
         max_error: the budget: relative L2 distance of the final latents to dense sampling from the same
             noise, over a set of prompts.
         out: folder, made when it is not there.
         trials: settings to try, those of an earlier call among them.
         prompts: every other one is held out from the search; fewer than eight are used for both, from other
-            noise. None: sixteen that micro-flux knows.
+            noise. None: sixteen that micro-flux knows, or of the pipeline's classes.
         sampling: of dense sampling.
         methods: names to consider, None for all of the registry.
         weights: method -> folder of its learned parts.
@@ -182,7 +182,7 @@ def tune(
     if trials < 1:
         raise ValueError(f"trials={trials}: at least 1 is needed")
     pipe, sampling, out = pipeline_of(model), sampling or Sampling(), Path(out)
-    search, heldout = split(prompts, draws_clips(pipe))
+    search, heldout = split(prompts, pipe)
     name = name or (str(model) if isinstance(model, (str, Path)) else type(model).__name__)
     facts = {
         "model": name,
@@ -218,9 +218,16 @@ def _choices(methods: Sequence[str] | None) -> dict[str, dict[str, str]]:
     return {entry.name: {option: str(way) for option, way in search_of(entry).items()} for entry in entries}
 
 
-def split(prompts: Sequence[str] | None, clips: bool = False) -> tuple[list[str], list[str]]:
-    """Prompts of the search, and those held out from it; `clips`: where none are given, captions of clips."""
+def split(prompts: Sequence[str] | None, pipe: Any) -> tuple[list[str], list[str]]:
+    """Prompts of the search, and those held out from it; captions or classes for the pipeline where none are
+    given. A pipeline of few classes draws all of them in both, from other noise."""
+    if prompts is None and draws_classes(pipe):
+        count = len(PROMPTS)
+        spread = some_classes(pipe, 2 * count)
+        few = [some_classes(pipe, count)] * 2
+        return (spread[::2], spread[1::2]) if len(set(spread)) == 2 * count else (few[0], few[1])
     if prompts is None:
+        clips = draws_clips(pipe)
         return (list(CLIP_PROMPTS), list(HELDOUT_CLIPS)) if clips else (list(PROMPTS), list(HELDOUT))
     if not prompts:
         raise ValueError("prompts is empty; at least one is needed")

@@ -19,7 +19,18 @@ from ditkit.cli.common import (
     notices,
     writable_folder,
 )
-from ditkit.cli.generate import STEPS, Batch, Guidance, Model, Seed, Size, StepsOfRecipe, load, parse_size
+from ditkit.cli.generate import (
+    STEPS,
+    Batch,
+    Guidance,
+    Model,
+    Seed,
+    Size,
+    StepsOfRecipe,
+    check_prompts,
+    load,
+    parse_size,
+)
 
 METHODS = tuple(
     f"taylorseer:interval=3,order=2,granularity={where},expansion=newton"
@@ -43,10 +54,15 @@ def bench(
     ] = None,
     model: Model = "micro-flux",
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="What to draw; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--prompt",
+            "-p",
+            help="What to draw, a class's name or number for a class-conditional model; repeatable.",
+        ),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option("--prompts", help="A text file with a prompt a line.")
+        Path | None, typer.Option("--prompts", help="A text file with a prompt, or class, a line.")
     ] = None,
     steps: StepsOfRecipe = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed rounds.")] = 3,
@@ -82,6 +98,7 @@ def bench(
         guidance, pixels = told.guidance if guidance is None else guidance, pixels or told.size
     methods = [*(parse(text) for text in with_ or (() if recipes else METHODS)), *recipes]
     pipe = load(model)
+    check_prompts(pipe, texts)
     for opened in recipes:
         opened.check(pipe)
     texts = texts or library.prompts_for(pipe)

@@ -32,7 +32,7 @@ def compare(
     for text in overrides or ():
         if "=" not in text.lstrip("="):
             raise UsageError(f"override {text!r} is not of the form key=value")
-    from ditkit.analysis.compare import compare as run
+    from ditkit.analysis.compare.comparison import compare as run
 
     def told(line: str) -> None:
         notices.print(line, highlight=False, markup=False)

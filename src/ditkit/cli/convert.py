@@ -14,6 +14,7 @@ from ditkit.cli.common import UsageError, bar, console, existing_file, guarded, 
 class Origin(str, Enum):
     authors = "authors"
     dit = "dit"
+    pixart = "pixart"
 
 
 class Weights(str, Enum):
@@ -29,7 +30,10 @@ def add_to(app: typer.Typer) -> None:
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="An authors' .pt, .pth or .safetensors file; with --from dit, a folder.")
+        Path,
+        typer.Argument(
+            help="An authors' .pt, .pth or .safetensors file; with --from dit or pixart, a folder."
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist yet.")],
     arch: Annotated[
@@ -37,7 +41,7 @@ def convert(
     ] = None,
     origin: Annotated[
         Origin,
-        typer.Option("--from", help="dit: start --arch lit from a trained DiT's folder."),
+        typer.Option("--from", help="dit, pixart: start --arch lit, lit-pixart from a trained one's folder."),
     ] = Origin.authors,
     weights: Annotated[
         Weights, typer.Option("--weights", help="Which weights of a training checkpoint.")
@@ -47,7 +51,7 @@ def convert(
     if origin is Origin.authors:
         existing_file(source, "checkpoint")
     elif arch is None:
-        raise UsageError("--from dit needs --arch: the architecture to start, such as lit")
+        raise UsageError(f"--from {origin.value} needs --arch: the architecture to start, such as lit")
     if out.exists():
         raise UsageError(f"--out {out} exists already; name a new folder")
     writable_folder(out.parent)

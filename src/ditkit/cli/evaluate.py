@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ditkit.cli.common import console, guarded, listed, writable_folder
+from ditkit.cli.common import UsageError, console, data_section, guarded, listed, writable_folder
 from ditkit.cli.generate import Guidance, Seed, Steps, load
 
 
@@ -22,20 +22,36 @@ def evaluate(
     ] = "micro-flux",
     count: Annotated[
         int | None,
-        typer.Option("--count", min=1, help="Captions to draw; 200 pictures or 100 clips if not given."),
+        typer.Option("--count", min=1, help="How many to draw; 200 pictures or 100 clips if not given."),
     ] = None,
     steps: Steps = 28,
     guidance: Guidance = None,
     seed: Seed = 0,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            help="Folder of true pictures of a class-conditional model's classes; not needed for emoji.",
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for eval.json and the pictures.")] = Path(
         "out/eval"
     ),
 ) -> None:
-    """Draw captions and count how often the picture, or the clip's object and motion, is the prompted one."""
+    """Draw captions and count how often the picture, or the clip's object and motion, is the prompted one.
+
+    Of a class-conditional model: how often the nearest true picture is of the class, and how near they are.
+    """
     writable_folder(out)
-    from ditkit.analysis.sampling import draws_clips
+    section = None if data is None else data_section(data)
+    from ditkit.analysis.sampling import draws_classes, draws_clips
 
     pipe = load(model)
+    if draws_classes(pipe):
+        listed(_classes(pipe, section, count or 200, steps, guidance, seed, out))
+        return
+    if section is not None:
+        raise UsageError(f"--data is for class-conditional models; {model} draws from text")
     if draws_clips(pipe):
         listed(_clips(pipe, count or 100, steps, guidance, seed, out))
     else:
@@ -58,6 +74,36 @@ def _pictures(pipe: Any, count: int, steps: int, guidance: float | None, seed: i
         if picture is not None:
             written.append(save(picture, out / name))
     return written
+
+
+def _classes(
+    pipe: Any,
+    section: dict[str, Any] | None,
+    count: int,
+    steps: int,
+    guidance: float | None,
+    seed: int,
+    out: Path,
+) -> list[Path]:
+    from ditkit.analysis import evaluate_classes as library
+    from ditkit.analysis.pictures import save
+    from ditkit.data.config import DataConfig
+
+    pictures = None if section is None else DataConfig(**section, split="all")
+    found = library.evaluate_classes(pipe, pictures, count, steps, guidance, seed)
+    table = _table("class", "asked", "recognised")
+    for name, (right, asked) in found.by_class.items():
+        table.add_row(name, str(asked), f"{100 * right / asked:.0f} %")
+    table.add_row("all", str(count), f"{100 * found.recognised:.1f} %", style="bold")
+    table.add_row("true pictures", "", f"{100 * found.ceiling:.1f} %", style="dim")
+    console.print(table)
+    near = "" if found.precision is None else f", precision {found.precision:.3f}, recall {found.recall:.3f}"
+    console.print(
+        f"Frechet distance {found.distance:.3f}{near}, by small features: not FID.", highlight=False
+    )
+    written = [_facts(found.as_dict(), out)]
+    assert found.pictures is not None
+    return [*written, save(found.pictures, out / "pictures.png")]
 
 
 def _clips(pipe: Any, count: int, steps: int, guidance: float | None, seed: int, out: Path) -> list[Path]:

@@ -137,9 +137,8 @@ def generate(
         )
     if frames is not None and not draws_clips(pipe):
         raise UsageError(f"--frames {frames}: {model} draws pictures, not clips")
-    if draws_classes(pipe):
-        _check_classes(pipe, prompt)
-    elif guide_model is not None or interval is not None:
+    check_prompts(pipe, prompt)
+    if not draws_classes(pipe) and (guide_model is not None or interval is not None):
         raise UsageError(
             f"--guide-model and --guide-range are of class-conditional models; {model} draws from text"
         )
@@ -195,13 +194,15 @@ def _put_on(pipe: Any, wanted: list[tuple[Path, float]]) -> None:
     store.use(pipe, weights)
 
 
-def _check_classes(pipe: Any, prompts: list[str]) -> None:
-    """Refuse classes that the model does not have.
+def check_prompts(pipe: Any, prompts: list[str]) -> None:
+    """Refuse classes that the model does not have; one that draws from text takes any prompt.
 
     Raises:
         UsageError: with the nearest names.
     """
-    for text in prompts:
+    from ditkit.analysis.sampling import draws_classes
+
+    for text in prompts if draws_classes(pipe) else ():
         try:
             pipe.find(text)
         except ValueError as error:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ditkit.cli.common import UsageError, console, guarded
+from ditkit.cli.common import UsageError, bar, console, guarded
 
 
 def add_to(app: typer.Typer) -> None:
@@ -84,8 +84,10 @@ def _sizes(architecture: str, variant: str | None) -> None:
 
     columns = ("configuration", "parameters", "published", "multiply-adds", "published")
     table = Table(*columns, header_style="bold", pad_edge=False)
-    for name in names:
-        size, published = measure(name), PUBLISHED.get(name, Size(None))
+    with bar("configurations") as progress:
+        sizes = {name: measure(name) for name in progress.track(names, description="counting")}
+    for name, size in sizes.items():
+        published = PUBLISHED.get(name, Size(None))
         table.add_row(
             name,
             millions(size.parameters),
@@ -121,11 +123,27 @@ def _show(kind: str, name: str | None) -> None:
     if name is not None:
         detail(registry.get(kind, name))  # pyright: ignore[reportArgumentType]
         return
-    table = Table(kind, "what it does", "paper", "seam", "needs", header_style="bold", pad_edge=False)
-    table.columns[0].no_wrap = True
-    for entry in registry.entries(kind).values():  # pyright: ignore[reportArgumentType]
-        paper = f"[link={entry.paper.url}]arXiv {entry.paper.arxiv}[/link], {entry.paper.year}"
-        table.add_row(entry.name, entry.summary, paper, ", ".join(entry.seam), ", ".join(entry.needs))
+    entries = registry.entries(kind).values()  # pyright: ignore[reportArgumentType]
+    told = {
+        "seam": [", ".join(entry.seam) for entry in entries],
+        "needs": [", ".join(entry.needs) for entry in entries],
+    }
+    # What is the same of all tells nothing, and takes the room of what does.
+    told = {name: cells for name, cells in told.items() if len(set(cells)) > 1}
+    narrow = console.width < 100  # no room for five columns
+    table = Table(header_style="bold", pad_edge=False)
+    table.add_column(kind, no_wrap=True)
+    table.add_column("what it does", overflow="fold")
+    table.add_column("arXiv", no_wrap=True)
+    for name in () if narrow else told:
+        table.add_column(name)
+    for entry, *cells in zip(entries, *told.values(), strict=True):
+        paper = f"[link={entry.paper.url}]{entry.paper.arxiv}[/link]"
+        if narrow and cells:
+            below = "; ".join(f"{name}: {cell}" for name, cell in zip(told, cells, strict=True))
+            table.add_row(entry.name, f"{entry.summary}\n[dim]{below}[/]", paper)
+        else:
+            table.add_row(entry.name, entry.summary, paper, *cells)
     console.print(table)
 
 

@@ -9,7 +9,7 @@ import typer
 
 from ditkit.cli.bench import bench_bar, judge_of, read_prompts
 from ditkit.cli.common import UsageError, console, guarded, listed, notices, writable_folder
-from ditkit.cli.generate import Batch, Guidance, Model, Seed, Size, Steps, load, parse_size
+from ditkit.cli.generate import Batch, Guidance, Model, Seed, Size, Steps, check_prompts, load, parse_size
 
 INTERRUPTED = 130
 
@@ -29,7 +29,7 @@ def tune(
     ] = 60,
     prompts: Annotated[
         Path | None,
-        typer.Option("--prompts", help="A text file with a prompt a line; half of them are held out."),
+        typer.Option("--prompts", help="A text file, a prompt or class a line; half of them are held out."),
     ] = None,
     method: Annotated[
         list[str] | None, typer.Option("--method", help="Consider only these methods; repeatable.")
@@ -65,6 +65,7 @@ def tune(
     for name in (*(method or ()), *folders):
         registry.get("method", name)
     pipe = load(model)
+    check_prompts(pipe, texts or [])
     with bench_bar() as progress:
         result = library.tune(
             pipe,

@@ -44,7 +44,8 @@ def model_folder(folder: str | Path) -> Path:
 
 
 def load(folder: str | Path, **options: Any) -> Any:
-    """The model of ours in a folder that `save_pretrained` wrote, whatever its class.
+    """The model of ours in a folder that `save_pretrained` wrote, whatever its class; or of diffusers, where
+    one of ours starts from it.
 
     Args:
         folder: of the model, or of a pipeline with it.
@@ -52,14 +53,14 @@ def load(folder: str | Path, **options: Any) -> Any:
 
     Raises:
         FileNotFoundError: there is no config.json.
-        ValueError: it names no class of ours.
+        ValueError: it names no such class.
     """
     folder = model_folder(folder)
     return class_of(folder).from_pretrained(folder, **options)
 
 
 def class_of(folder: Path) -> Any:
-    """The class of ours that the config.json of a folder names.
+    """The class that the config.json of a folder names: one of ours, or one that a file of ours starts from.
 
     Raises:
         FileNotFoundError: there is no config.json.

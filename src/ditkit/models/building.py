@@ -12,7 +12,7 @@ from typing import Any
 
 from ditkit import models, registry
 from ditkit.models.base import ClassConditionalModel
-from ditkit.models.layouts import LAYOUTS
+from ditkit.models.layouts import way_from
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,5 @@ def build(
 def _inherited(name: str, start: Path, settings: Mapping[str, Any]) -> Any:
     architecture, variant = models.split(name)
     registry.get("model", architecture)
-    ways = LAYOUTS[architecture].inherits if architecture in LAYOUTS else {}
     old = models.load(start)
-    origin = type(old).__name__.lower()
-    if variant or origin not in ways:
-        raise ValueError(
-            f"{name} can't start from a {type(old).__name__}: {architecture} starts from "
-            f"{', '.join(sorted(ways)) or 'no other architecture'}, without a size of its own"
-        )
-    return ways[origin](old, **settings)
+    return way_from(architecture, variant, old)(old, **settings)

@@ -5,6 +5,9 @@ Nothing is written before every key is known to fit. How files are read: `weight
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,9 +19,10 @@ from torch import Tensor
 from ditkit import registry
 from ditkit.files import whole_file
 from ditkit.models import load, split
-from ditkit.models.layouts import LAYOUTS, Layout
+from ditkit.models.layouts import LAYOUTS, Layout, origin, way_from
 from ditkit.models.weight_files import ConversionError, listed, read_weights
 
+INDEX = "model_index.json"
 Progress = Callable[[str, int, int], None]
 """`(stage, bytes done, bytes in all)`; the stages are "read" and "write"."""
 
@@ -105,6 +109,7 @@ def convert(
                 "nothing in the file tells a DiT from a SiT; a DiT was assumed (name the architecture)"
             )
     layout = LAYOUTS[family]
+    assert layout.infer is not None  # `_architecture` has looked
     settings = {
         **layout.infer(state, {**options, **(config or {})}),
         **(layout.variants[variant] if variant else {}),
@@ -136,7 +141,7 @@ def inherit(
     """Write a model of another architecture that starts from the weights of a trained one.
 
     Args:
-        source: a folder written by `save_pretrained` or `convert`.
+        source: a folder written by `save_pretrained` or `convert`; of a pipeline, the output is one too.
         arch: the new architecture, such as "lit"; its sizes are the old model's.
         output: a folder that does not exist yet, or is empty.
         config: changes to the new model's configuration.
@@ -153,22 +158,16 @@ def inherit(
         raise FileExistsError(f"{output} exists already; remove it or choose another output folder")
     family, variant = split(arch)
     registry.get("model", family)
-    ways = LAYOUTS[family].inherits if family in LAYOUTS else {}
     try:
         old = load(source)
+        way = way_from(family, variant, old)
     except ValueError as error:
-        raise ConversionError(str(error)) from error
-    origin = type(old).__name__.lower()
-    if origin not in ways or variant:
-        raise ConversionError(
-            f"arch={arch!r} can't start from a {type(old).__name__}: give it without a size; "
-            f"{family} starts from {', '.join(sorted(ways)) or 'no other architecture'}"
-        )
+        raise ConversionError(f"arch={arch!r}: {error}") from error
     try:
-        model = ways[origin](old, **(config or {}))
+        model = way(old, **(config or {}))
     except (TypeError, ValueError) as error:
         raise ConversionError(f"no {family} from {source} with {dict(config or {})}: {error}") from error
-    _write(model, output, progress)
+    _write(model, output, progress, source if (source / INDEX).is_file() else None)
     settings = {name: value for name, value in model.config.items() if not name.startswith("_")}
     return Conversion(
         output=output,
@@ -177,7 +176,7 @@ def inherit(
         config=settings,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         bytes=sum(value.nbytes for value in model.state_dict().values()),
-        notes=(f"what a {family} has in place of the {origin}'s parts starts afresh: train it",),
+        notes=(f"what a {family} has in place of the {origin(old)}'s parts starts afresh: train it",),
     )
 
 
@@ -202,9 +201,10 @@ def _architecture(arch: str | None) -> tuple[str | None, str | None]:
         return None, None
     family, variant = split(arch)
     registry.get("model", family)
-    if family not in LAYOUTS:
+    known = sorted(name for name, layout in LAYOUTS.items() if layout.infer is not None)
+    if family not in known:
         raise ConversionError(
-            f"arch={arch!r}: there is no converter for {family!r}; there are {', '.join(sorted(LAYOUTS))}"
+            f"arch={arch!r}: there is no converter for {family!r}; there are {', '.join(known)}"
         )
     variants = LAYOUTS[family].variants
     if variant and variant not in variants:
@@ -273,12 +273,28 @@ def _fill(family: str, settings: Mapping[str, Any], state: dict[str, Tensor]) ->
 # --- writing ------------------------------------------------------------------------------------------
 
 
-def _write(model: Any, output: Path, progress: Progress | None) -> None:
-    """Save aside, then rename: the folder is whole or not there."""
+def _write(model: Any, output: Path, progress: Progress | None, pipeline: Path | None = None) -> None:
+    """Save aside, then rename: the folder is whole or not there.
+
+    Args:
+        pipeline: folder of one whose other parts go with the model, in place of its transformer.
+    """
     total = sum(value.nbytes for value in model.state_dict().values())
     if progress:
         progress("write", 0, total)
     with whole_file(output) as part:  # a folder here; an empty one in its place is replaced
-        model.save_pretrained(part)
+        if pipeline is None:
+            model.save_pretrained(part)
+        else:
+            shutil.copytree(pipeline, part, ignore=lambda folder, names: _old_transformer(pipeline, folder))
+            model.save_pretrained(part / "transformer")
+            index = json.loads((pipeline / INDEX).read_text(encoding="utf-8"))
+            index["transformer"] = [type(model).__module__, type(model).__name__]
+            (part / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     if progress:
         progress("write", total, total)
+
+
+def _old_transformer(pipeline: Path, folder: str | os.PathLike[str]) -> list[str]:
+    """What of a pipeline's folder is not copied."""
+    return ["transformer"] if Path(folder) == pipeline else []

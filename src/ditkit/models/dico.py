@@ -252,7 +252,7 @@ class DiCo(ClassConditionalModel):
         self.decoder_level_1 = level(2 * width, depth[4])
         self.final_layer = _ConvHead(2 * width, self.out_channels)
         self.initialize_weights()
-        self.to(memory_format=torch.channels_last)
+        nn.utils.convert_conv2d_weight_memory_format(self, torch.channels_last)
 
     @classmethod
     def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
@@ -262,7 +262,7 @@ class DiCo(ClassConditionalModel):
         """
         loaded = super().from_pretrained(*arguments, **options)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with `output_loading_info`
-        model.to(memory_format=torch.channels_last)
+        nn.utils.convert_conv2d_weight_memory_format(model, torch.channels_last)
         return loaded
 
     @property

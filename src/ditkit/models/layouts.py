@@ -23,15 +23,16 @@ class Layout:
 
     Args:
         infer: (tensors, the training script's options and what the user gives) -> what the shapes tell of the
-            configuration; what they do not tell is left out.
+            configuration; what they do not tell is left out. None: no checkpoint of the authors is known.
         needs: settings -> (a setting that must be known, why it can't be told), in the order of asking.
         variants: the named configurations.
         rename: the authors' names to ours; tensors that are no weights (tables, masks) are dropped.
-        inherits: other architectures that a model can start from, and how: (model, **config) -> model.
+        inherits: other architectures that a model can start from, by `origin`, and how: (model, **config) ->
+            model.
         null_class: whether the label table's last row is the null class, so that a note says so.
     """
 
-    infer: Callable[[State, Mapping[str, Any]], Settings]
+    infer: Callable[[State, Mapping[str, Any]], Settings] | None = None
     needs: Callable[[Settings], Iterable[tuple[str, str]]] = lambda settings: ()
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     rename: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = dict
@@ -40,6 +41,26 @@ class Layout:
 
 
 LAYOUTS: dict[str, Layout] = {}
+
+
+def origin(model: Any) -> str:
+    """What an architecture that starts from a model calls it: "dit", "pixart"."""
+    return type(model).__name__.lower().removesuffix("transformer2dmodel")
+
+
+def way_from(architecture: str, variant: str | None, model: Any) -> Callable[..., Any]:
+    """How an architecture starts from a trained model: (model, **config) -> model.
+
+    Raises:
+        ValueError: it starts from no such model, or a size was asked for.
+    """
+    ways = LAYOUTS[architecture].inherits if architecture in LAYOUTS else {}
+    if variant or origin(model) not in ways:
+        raise ValueError(
+            f"{architecture} can't start from a {type(model).__name__}: {architecture} starts from "
+            f"{' or '.join(sorted(ways)) or 'no other architecture'}, without a size of its own"
+        )
+    return ways[origin(model)]
 
 
 def shapes_of(state: State) -> dict[str, tuple[int, ...]]:

@@ -7,13 +7,14 @@ converged DiT (`inherit`), and the student follows a frozen teacher's noise and 
 (`distillation_losses`). The authors' code was not available: the module follows public descriptions of it.
 Inferred, and options here: q and kv have a bias as DiT's (`qkv_bias`); heads of B and L (2 and 4); the
 distance is the mean over the elements of the raw output. In the text model the authors attend in float32
-(`upcast_attention`). The paper's text-to-image student (PixArt) is not here.
+(`upcast_attention`). `lit_pixart` holds that model.
 
 Dimensions: B batch, T = R S tokens of a grid, D width, N heads, E = D/N head width.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -43,6 +44,13 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float = 1e-
     return query @ memory * norm
 
 
+def _full_precision(device: str) -> contextlib.AbstractContextManager[Any]:
+    """No autocast, on devices that have it: on "meta", where models are counted, there is none."""
+    if not torch.amp.autocast_mode.is_autocast_available(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
 class LinearAttention(nn.Module):
     """Linear attention plus a depthwise convolution of the values, whose E kernels all heads share."""
 
@@ -64,7 +72,7 @@ class LinearAttention(nn.Module):
         query = self.q(hidden_states).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, N, T, E)
         key, value = self.kv(hidden_states).unflatten(2, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         if self.upcast:
-            with torch.autocast(hidden_states.device.type, enabled=False):
+            with _full_precision(hidden_states.device.type):
                 attended = linear_attention(query.float(), key.float(), value.float()).to(value.dtype)
         else:
             attended = linear_attention(query, key, value)  # (B, N, T, E)
@@ -152,6 +160,31 @@ class LiT(DiT):
         return (*(super().gates(tokens, timestep, grid) or (None,)), grid)
 
 
+def take_over(
+    attention: LinearAttention, parts: Iterable[str], trained: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Copy parts of a trained attention.
+
+    Args:
+        attention: that starts.
+        parts: of "q", "k", "v", "proj".
+        trained: "weight" and perhaps "bias" of each part.
+
+    Raises:
+        ValueError: a part that does not exist.
+    """
+    if wrong := set(parts) - {"q", "k", "v", "proj"}:
+        raise ValueError(f"attention={sorted(wrong)}: the parts are 'q', 'k', 'v', 'proj'")
+    for part in parts:
+        layer: Any = attention.kv if part in ("k", "v") else getattr(attention, part)
+        for kind, value in trained[part].items():
+            fresh = getattr(layer, kind)
+            if fresh is not None:
+                half = fresh.chunk(2)[part == "v"] if part in ("k", "v") else fresh
+                half.copy_(value)
+
+
+@torch.no_grad()
 def inherit(teacher: DiT, attention: Iterable[str] = (), **config: Any) -> LiT:
     """A LiT that starts from a trained DiT: all its weights but those of the attention, which start afresh.
 
@@ -166,35 +199,41 @@ def inherit(teacher: DiT, attention: Iterable[str] = (), **config: Any) -> LiT:
     """
     if type(teacher) is SiT or not isinstance(teacher, DiT) or type(teacher) is LiT:
         raise TypeError(f"a LiT inherits from a DiT; got a {type(teacher).__name__}")
-    parts = tuple(attention)
-    if wrong := set(parts) - {"q", "k", "v", "proj"}:
-        raise ValueError(f"attention={sorted(wrong)}: the parts are 'q', 'k', 'v', 'proj'")
     settings = {name: value for name, value in teacher.config.items() if not name.startswith("_")}
-    width = settings["hidden_size"]
-    settings["num_heads"] = _HEADS.get(width, 2)
+    settings["num_heads"] = heads_for(settings["hidden_size"])
     student = LiT(**{**settings, **config})
-    inherited = {name: value for name, value in teacher.state_dict().items() if ".attn." not in name}
-    block: Any
-    for index, block in enumerate(teacher.blocks if parts else ()):
-        name = f"blocks.{index}.attn"
-        for kind in ("weight", "bias"):
-            query, key, value = getattr(block.attn.qkv, kind).detach().chunk(3)
-            fresh = student.state_dict().get(f"{name}.kv.{kind}")
-            if fresh is None:
-                continue
-            old_key, old_value = fresh.chunk(2)
-            both = (key if "k" in parts else old_key, value if "v" in parts else old_value)
-            inherited[f"{name}.kv.{kind}"] = torch.cat(both)
-            if "q" in parts:
-                inherited[f"{name}.q.{kind}"] = query
-        if "proj" in parts:
-            inherited |= {f"{name}.proj.{k}": v for k, v in block.attn.proj.state_dict().items()}
+    fill(student, teacher, ".attn.", config)
+    parts = tuple(attention)
+    old: Any
+    new: Any
+    for old, new in zip(teacher.blocks, student.blocks, strict=True):
+        both = {kind: value.chunk(3) for kind, value in old.attn.qkv.state_dict().items()}
+        trained = {name: {kind: both[kind][i] for kind in both} for i, name in enumerate("qkv")}
+        take_over(new.attn, parts, {**trained, "proj": old.attn.proj.state_dict()})
+    return student
+
+
+def heads_for(width: int) -> int:
+    """The paper's heads for a width; 2 for one that it does not have."""
+    return _HEADS.get(width, 2)
+
+
+def fill(student: Any, teacher: Any, without: str, config: Mapping[str, Any]) -> None:
+    """Copy a teacher's weights but those whose names hold `without`; take on its device, type and mode.
+
+    Raises:
+        ValueError: naming `config`, the changes to the student, when weights do not fit.
+    """
+    inherited = {name: value for name, value in teacher.state_dict().items() if without not in name}
     try:
-        student.load_state_dict(inherited, strict=False)
+        left = student.load_state_dict(inherited, strict=False)
     except RuntimeError as error:
         raise ValueError(f"config={config} changes sizes that are inherited: {error}") from error
-    moved: Any = student  # diffusers' `to` has no signature that a type checker understands
-    return moved.to(teacher.device, teacher.dtype).train(teacher.training)
+    if left.unexpected_keys or any(without not in name for name in left.missing_keys):
+        raise ValueError(f"config={config} changes the blocks that are inherited")
+    if teacher.dtype != student.dtype:
+        student.to(teacher.dtype)
+    student.to(teacher.device).train(teacher.training)
 
 
 def distillation_losses(

@@ -2,8 +2,8 @@
 
 Multiply-adds are of one forward, batch 1, without guidance, at the size the variant is built for; papers
 mostly call them "Gflops". Published parameters are those of the papers or, where they only round them, of
-the authors' class; of `lit`, `pt-dit` and `d2it`, whose authors' class was not at hand or does not give the
-paper's figure, they are the paper's, in millions.
+the authors' class; of `lit-pixart`, `pt-dit` and `d2it`, whose authors' class was not at hand or does not
+give the paper's figure, they are the paper's, in millions.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ PUBLISHED: dict[str, Size] = {
     "dit-dh-b": Size(294_295_892),
     "dit-dh-l": Size(621_744_436),
     "dit-dh-xl": Size(838_675_796),
+    "lit-pixart-xl/2": Size(600e6),
     "d2it-l": Size(467e6),
     "d2it-xl": Size(687e6),
 }

@@ -151,8 +151,17 @@ class ClassConditionalPipeline(DenoisingPipeline):
         Raises:
             ValueError: no such class; the nearest names.
         """
-        embedder = self.transformer.y_embedder  # an adapter may have put classes of its own in
-        return find_class(embedder.class_names or self.class_names, asked, embedder.num_classes)
+        return find_class(self._names, asked, self.transformer.y_embedder.num_classes)
+
+    @property
+    def classes(self) -> list[str]:
+        """What `find` knows the classes by, in the order of their labels: names, or else numbers."""
+        return list(self._names or map(str, range(self.transformer.y_embedder.num_classes)))
+
+    @property
+    def _names(self) -> list[str] | None:
+        """Of the classes; an adapter may have put classes of its own in."""
+        return self.transformer.y_embedder.class_names or self.class_names
 
     def _network(
         self,

@@ -5,6 +5,7 @@ Dimensions: B pictures, C latent channels, H and W latent height and width.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -192,15 +193,21 @@ class DenoisingPipeline(DiffusionPipeline):
         for index, timestep in enumerate(pipe.progress_bar(scheduler.timesteps)):
             state = latents if flow else scheduler.scale_model_input(latents, timestep)
             t = timestep.expand(len(latents))
-            if flow:  # diffusers' time runs from data (0) to noise, ours from noise to data
-                prediction = -network(state, 1 - t / scheduler.config["num_train_timesteps"])
-            else:
-                prediction = network(state, t)
-                prediction = prediction if learned else prediction[:, : self.transformer.in_channels]
+            with self._caches():
+                if flow:  # diffusers' time runs from data (0) to noise, ours from noise to data
+                    prediction = -network(state, 1 - t / scheduler.config["num_train_timesteps"])
+                else:
+                    prediction = network(state, t)
+                    prediction = prediction if learned else prediction[:, : self.transformer.in_channels]
             latents = scheduler.step(prediction, timestep, latents, return_dict=False, **options)[0]
             if callback is not None:
                 latents = callback(self, index, timestep, {"latents": latents}).get("latents", latents)
         return latents
+
+    def _caches(self) -> contextlib.AbstractContextManager[Any]:
+        """Where diffusers' caches, if one is on, keep what they hold; guidance is one pass here."""
+        model: Any = self.transformer
+        return model.cache_context("cond") if model.is_cache_enabled else contextlib.nullcontext()
 
     def _output(self, latents: Tensor, output_type: OutputType, return_dict: bool) -> Any:
         """What a call returns for latents (B, C, H, W)."""

@@ -5,30 +5,24 @@
 `evaluation_recognised` of `ditkit.analysis.quality`, whose features are hand-made ones or those of a frozen
 vision transformer (the mean of its patches' last tokens); `fid` and `inception_score` where the Inception
 network's weights are at hand. The noise is the same every time.
-
-Dimensions: B drawn pictures, N true ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ditkit.analysis.drawing import draw, frequent_labels, resized
 from ditkit.analysis.inception import Inception, inception_score
-from ditkit.analysis.quality import Yardstick, features, frechet_distance
+from ditkit.analysis.quality import Yardstick, features, frechet_distance, seen_by
 from ditkit.data.config import DataConfig
 from ditkit.data.latents import LatentSet
 from ditkit.data.pictures import class_labels, open_pictures
-from ditkit.models.teachers import Teacher, load_teacher
+from ditkit.models.teachers import load_teacher
 from ditkit.training.config import ConfigError, EvaluationConfig
 from ditkit.training.order import mix
 from ditkit.training.tasks import Task
-
-BATCH = 128
 
 
 class Evaluation:
@@ -54,7 +48,7 @@ class Evaluation:
             teacher = load_teacher(config.teacher, task.model_folder) if config.teacher else None
         except (ValueError, OSError) as error:
             raise ConfigError(f"{where}: {error}") from error
-        self._look = features if teacher is None else _seen_by(teacher)
+        self._look = features if teacher is None else seen_by(teacher)
         pictures = open_pictures(source, "all")
         self._images = pictures.images()
         self._labels = class_labels(pictures, getattr(task, "classes", None))[0]
@@ -105,29 +99,3 @@ def _true_pictures(config: EvaluationConfig, task: Task, where: str) -> DataConf
             f"({latents.facts['pictures']['count']} of kind {latents.facts['pictures']['kind']})"
         )
     return config.data.model_copy(update={"size": latents.facts["pictures"]["size"]})
-
-
-def frequent_labels(labels: Tensor, count: int) -> Tensor:
-    """`count` labels in which classes are as frequent as in `labels` (N,)."""
-    known = labels.sort().values
-    return known[torch.linspace(0, len(known) - 1, count).round().long()]
-
-
-def draw(task: Any, labels: Tensor, seed: int, steps: int | None = None) -> Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] of classes (B,), on the CPU, by a task that draws classes."""
-    generator = torch.Generator().manual_seed(seed)
-    options = {} if steps is None else {"steps": steps}
-    return torch.cat([task.sample(part, generator, **options).float().cpu() for part in labels.split(BATCH)])
-
-
-def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pictures (N, 3, H, W) averaged to another height and width."""
-    return images if images.shape[-2:] == size else F.interpolate(images, size=size, mode="area")
-
-
-def _seen_by(teacher: Teacher) -> Callable[[Tensor], Tensor]:
-    def look(images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, D)
-        grid = (max(1, images.shape[2] // teacher.patch[0]), max(1, images.shape[3] // teacher.patch[1]))
-        return torch.cat([teacher(part, grid).tokens.mean(1) for part in images.split(BATCH)])
-
-    return look

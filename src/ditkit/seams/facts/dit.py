@@ -28,7 +28,7 @@ _DIT = Anatomy(
 )
 
 _PIXART_UNITS = (Unit("attn1", bypass=("norm1",)), Unit("attn2"), Unit("ff", bypass=("norm2",)))
-_PIXART = Anatomy(
+PIXART = Anatomy(
     name="PixArtTransformer2DModel",
     text="cross",
     grid=patched_2d,
@@ -148,4 +148,4 @@ DIT = Anatomy(
     ),
 )
 
-ANATOMIES = (_DIT, _PIXART, _LATTE, _ALLEGRO, _LUMINA_NEXT, DIT)
+ANATOMIES = (_DIT, PIXART, _LATTE, _ALLEGRO, _LUMINA_NEXT, DIT)

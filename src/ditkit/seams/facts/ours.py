@@ -13,11 +13,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from ditkit.models.windows import from_windows
-from ditkit.seams.anatomy import Anatomy, Arguments, Attention, Stack, Unit
-from ditkit.seams.facts.dit import DIT
+from ditkit.seams.anatomy import Anatomy, Arguments, Attention, Seam, Stack, Unit
+from ditkit.seams.facts.dit import DIT, PIXART
 from ditkit.seams.facts.flux import FLUX
 from ditkit.seams.facts.grids import Grid, own_grid, patched_2d
 from ditkit.seams.facts.rows import modulation
+
+_LINEAR: dict[Seam, str] = {
+    "attention": "its attention is linear, without a softmax over pairs of tokens that could be replaced",
+    "tokens": "a convolution inside its attention needs the whole grid of tokens",
+}
 
 _LIT = Anatomy(
     name="LiT",
@@ -25,10 +30,7 @@ _LIT = Anatomy(
     grid=own_grid,
     encoder=(),
     falling_time=False,
-    unfit={
-        "attention": "its attention is linear, without a softmax over pairs of tokens that could be replaced",
-        "tokens": "a convolution inside its attention needs the whole grid of tokens",
-    },
+    unfit=_LINEAR,
     stacks=(
         Stack(
             path="blocks",
@@ -38,6 +40,13 @@ _LIT = Anatomy(
             per_token={"conditioning": lambda conditioning: conditioning.shape[1] > 1},
         ),
     ),
+)
+
+_LIT_PIXART = dataclasses.replace(
+    PIXART,
+    name="LiTPixArtTransformer2DModel",
+    unfit=_LINEAR,
+    stacks=(dataclasses.replace(PIXART.stacks[0], attention=(Attention("attn2", "cross"),)),),
 )
 
 _DYDIT = dataclasses.replace(
@@ -75,7 +84,9 @@ _DIT_DH = Anatomy(
     ),
 )
 
-OURS: dict[str, Anatomy] = {anatomy.name: anatomy for anatomy in (_LIT, _DYDIT, _DYFLUX, _DIT_DH)}
+OURS: dict[str, Anatomy] = {
+    anatomy.name: anatomy for anatomy in (_LIT, _LIT_PIXART, _DYDIT, _DYFLUX, _DIT_DH)
+}
 
 _LEVELS = (
     "its blocks work at several resolutions, joined across by skip connections, so that none can be left out"

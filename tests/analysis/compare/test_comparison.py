@@ -11,42 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import yaml
 
-from ditkit.analysis import compare as library
-from ditkit.analysis import compare_runs
-from ditkit.analysis.compare import CompareError, compare
-from ditkit.analysis.compare_config import load
-from ditkit.analysis.compare_result import QUANTITIES, Entry, Point, Run, beyond_spread, shown, verdict
+from comparisons import BROKEN, TINY, written
+from ditkit.analysis.compare import comparison, runs
+from ditkit.analysis.compare.comparison import CompareError, compare
+from ditkit.analysis.compare.config import load
+from ditkit.analysis.compare.result import QUANTITIES
 from ditkit.registry import UnknownNameError
 from ditkit.training import trainer
 from ditkit.training.config import ConfigError
-
-SIZE = {"patch_size": 4, "hidden_size": 32, "depth": 2, "num_heads": 2}
-TINY: dict[str, Any] = {
-    "equal": "flops",
-    "budget": {"reference": "dit", "steps": 6},
-    "seeds": [0, 1],
-    "run": {
-        "batch_size": 8,
-        "data": {"groups": ["keycap", "flag"]},
-        "optimizer": {"lr": 1e-3},
-        "ema": {"decay": 0.5},
-        "task_options": {"process": "flow", "pixels": 8},
-    },
-    "evaluation": {"points": 2, "pictures": 12, "draws": 2, "sampling_steps": 2},
-    "models": [{"name": name, "arch": name, "model": dict(SIZE)} for name in ("dit", "lit")],
-}
-BROKEN = {"name": "broken", "arch": "dit", "model": {"hidden_size": 33}}
-
-
-def written(folder: Path, **changes: Any) -> Path:
-    """A comparison's file with changes at its top."""
-    file = {"output": str(folder / "out"), **copy.deepcopy(TINY), **changes}
-    path = folder / "compare.yaml"
-    path.write_text(yaml.safe_dump(file))
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +110,7 @@ def test_a_finished_comparison_is_not_repeated(done: Path, monkeypatch: pytest.M
     def refuse(*_: Any) -> None:
         raise AssertionError("a finished run was trained again")
 
-    monkeypatch.setattr(compare_runs, "run_stage", refuse)
+    monkeypatch.setattr(runs, "run_stage", refuse)
     again = compare(done.parent / "compare.yaml", resume=True)
     assert json.loads(json.dumps(again.as_dict())) == before
 
@@ -223,63 +196,22 @@ def test_all_models_failing_is_an_error(tmp_path: Path) -> None:
 def test_the_reference_must_build(tmp_path: Path) -> None:
     budget = {"reference": "broken", "steps": 3}
     with pytest.raises(ConfigError, match="broken cannot be built"):
-        library.plan(load(written(tmp_path, models=[*TINY["models"], BROKEN], budget=budget)))
+        comparison.plan(load(written(tmp_path, models=[*TINY["models"], BROKEN], budget=budget)))
 
 
 def test_a_budget_below_one_step(tmp_path: Path) -> None:
-    entries = library.plan(load(written(tmp_path, budget={"flops": 10.0})))
+    entries = comparison.plan(load(written(tmp_path, budget={"flops": 10.0})))
     assert all(entry.steps is None and "the budget is 10" in str(entry.failure) for entry in entries)
 
 
 def test_equal_parameters(tmp_path: Path) -> None:
     changes = {"equal": "parameters", "budget": {"steps": 5}}
-    entries = library.plan(load(written(tmp_path, **changes, tolerance=0.2)))
+    entries = comparison.plan(load(written(tmp_path, **changes, tolerance=0.2)))
     assert [entry.steps for entry in entries] == [5, 5]
     wide = copy.deepcopy(TINY["models"])
     wide[1]["model"]["hidden_size"] = 64
     with pytest.raises(ConfigError, match=r"lit \d+,\d+.*within 20%"):
-        library.plan(load(written(tmp_path, **changes, tolerance=0.2, models=wide)))
-
-
-def test_the_flops_of_a_step_by_hand(tmp_path: Path) -> None:
-    """Twice the batch is twice the FLOPs; a backward pass is about twice a forward."""
-    file = load(written(tmp_path))
-    contender = file.models[0]
-    cost = compare_runs.training_cost(file, contender)
-    doubled = load(written(tmp_path), ["run.batch_size=16"])
-    assert compare_runs.training_cost(doubled, contender).flops_per_step == 2 * cost.flops_per_step
-    from ditkit import models
-    from ditkit.analysis.meter import count
-
-    model = models.create(
-        "dit", input_size=8, in_channels=3, num_classes=2, learn_sigma=False, **contender.model
-    )
-    with count(model) as spent, torch.no_grad():
-        model(torch.randn(8, 3, 8, 8), torch.rand(8), torch.zeros(8, dtype=torch.long))
-    assert 2.7 * spent.flops < cost.flops_per_step < 3.05 * spent.flops
-    assert cost.parameters == sum(p.numel() for p in model.parameters())
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"budgett": {}}, "budgett: no such key"),
-        ({"budget": {"flops": 1.0, "steps": 3}}, "takes flops or reference and steps, got flops, steps"),
-        ({"equal": "steps"}, "equal: steps takes steps, got reference, steps"),
-        ({"budget": {"reference": "lti", "steps": 3}}, "no model 'lti' in dit, lit"),
-        ({"seeds": [1, 1]}, "seeds must differ"),
-        ({"models": TINY["models"][:1]}, "models"),
-        ({"models": [TINY["models"][0]] * 2}, "names must differ"),
-        ({"models": [{"name": "../up", "arch": "dit"}, TINY["models"][0]]}, "models.0.name"),
-        ({"run": {"seed": 3}}, "the comparison sets seed itself"),
-        ({"run": {"batchsize": 3}}, "dit: run.batchsize: no such key"),
-        ({"run": {"optimizer": {"lr": -1}}}, r"run.optimizer.lr: .*\(got -1\)"),
-        ({"evaluation": {"points": 0}}, "evaluation.points"),
-    ],
-)
-def test_bad_files_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        load(written(tmp_path, **changes))
+        comparison.plan(load(written(tmp_path, **changes, tolerance=0.2, models=wide)))
 
 
 def test_an_unknown_architecture_is_refused_before_any_work(tmp_path: Path) -> None:
@@ -287,13 +219,6 @@ def test_an_unknown_architecture_is_refused_before_any_work(tmp_path: Path) -> N
     with pytest.raises(UnknownNameError, match="dit"):
         compare(written(tmp_path, models=models))
     assert not (tmp_path / "out").exists()
-
-
-def test_overrides(tmp_path: Path) -> None:
-    file = load(written(tmp_path), ["seeds=[4]", "lit.model.depth=3", "evaluation.points=1", "tolerance=1"])
-    assert file.seeds == [4] and file.models[1].model["depth"] == 3 and file.tolerance == 1
-    with pytest.raises(ConfigError, match="begin with one of"):
-        load(written(tmp_path), ["lti.model.depth=3"])
 
 
 def test_a_loss_that_the_task_does_not_have(tmp_path: Path) -> None:
@@ -304,33 +229,10 @@ def test_a_loss_that_the_task_does_not_have(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_shipped_comparison(tmp_path: Path) -> None:
     """All eight architectures train, at a cost per sample of one order."""
-    config = Path(__file__).parents[2] / "configs" / "compare_archs.yaml"
+    config = Path(__file__).parents[3] / "configs" / "compare_archs.yaml"
     small = ["points=1", "pictures=4", "draws=1", "sampling_steps=2"]
     changes = [f"output={tmp_path / 'out'}", "seeds=[0]", "budget.steps=2", "run.batch_size=16"]
     result = compare(config, [*changes, *(f"evaluation.{change}" for change in small)])
     assert len(result.entries) == 8 and result.failures() == []
     costs = [entry.flops_per_step for entry in result.entries]
     assert all(cost is not None and 0.7 < cost / (costs[0] or 1) < 1.4 for cost in costs)
-
-
-def entry(name: str, *losses: float) -> Entry:
-    runs = [
-        Run(seed, [Point(1, 1.0, 1.0, loss, 1.0, 0.5)], finished=True) for seed, loss in enumerate(losses)
-    ]
-    return Entry(name, name, runs=runs)
-
-
-def test_words_about_differences() -> None:
-    loss = QUANTITIES[0]
-    text = verdict(loss, [entry("a", 1.0, 1.2), entry("b", 0.5, 0.7), entry("c", 0.6, 0.9), entry("d", 2.0)])
-    assert text == (
-        "Held-out loss: b is lowest with 0.6 (0.5 to 0.7); the difference exceeds the spread of the seeds "
-        "against a; it does not exceed it against c; with a single seed it cannot be told from chance "
-        "against d."
-    )
-    assert verdict(loss, [entry("a", 1.0)]) == ""
-    worse, better = entry("a", 1.0, 2.0).spread("loss"), entry("b", 3.0, 4.0).spread("loss")
-    assert worse is not None and better is not None
-    assert beyond_spread(better, worse, lower=False) is True
-    assert beyond_spread(better, worse, lower=True) is False
-    assert shown(QUANTITIES[2], worse) == "150.0 % (100.0 % to 200.0 %)"

@@ -13,7 +13,7 @@ import matplotlib
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
-from ditkit.analysis.compare_result import HEADINGS, QUANTITIES, CompareResult, Entry, Quantity, Run
+from ditkit.analysis.compare.result import HEADINGS, QUANTITIES, CompareResult, Entry, Quantity, Run
 from ditkit.analysis.result import amount
 
 _EQUAL = {

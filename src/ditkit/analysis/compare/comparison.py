@@ -14,10 +14,10 @@ from PIL import Image
 
 from ditkit import models, registry
 from ditkit.analysis.bench import machine
-from ditkit.analysis.compare_config import CompareFile, Contender, load
-from ditkit.analysis.compare_report import render
-from ditkit.analysis.compare_result import CompareResult, Entry, Run
-from ditkit.analysis.compare_runs import (
+from ditkit.analysis.compare.config import CompareFile, Contender, load
+from ditkit.analysis.compare.report import render
+from ditkit.analysis.compare.result import CompareResult, Entry, Run
+from ditkit.analysis.compare.runs import (
     Cost,
     Measure,
     check_settings,
@@ -47,7 +47,7 @@ def compare(
     Both files are written anew after every run, so they hold what is there when it is stopped.
 
     Args:
-        path: YAML file, see `ditkit.analysis.compare_config`.
+        path: YAML file, see `ditkit.analysis.compare.config`.
         overrides: `key=value` texts.
         resume: continue in the output folder; finished runs are not repeated, failed ones are tried again.
         told: gets a line before and after every run.

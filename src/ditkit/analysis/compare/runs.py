@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditkit.analysis.compare_config import CompareFile, Contender
-from ditkit.analysis.compare_result import Point
+from ditkit.analysis.compare.config import CompareFile, Contender
+from ditkit.analysis.compare.result import Point
+from ditkit.analysis.drawing import draw, frequent_labels, resized
 from ditkit.analysis.meter import count
 from ditkit.analysis.quality import Yardstick
 from ditkit.data.pictures import class_labels, grid, open_pictures
 from ditkit.files import whole_file, write_text
 from ditkit.training.config import ConfigError, RunConfig
-from ditkit.training.evaluation import draw, frequent_labels, resized
 from ditkit.training.order import BatchNoise, mix
 from ditkit.training.tasks import find
 from ditkit.training.trainer import run_stage
