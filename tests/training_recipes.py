@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,22 @@ from ditkit.training.config import load
 from ditkit.training.order import BatchNoise
 from ditkit.training.tasks import find
 from ditkit.training.trainer import train
+
+
+@contextlib.contextmanager
+def stopped_after(steps: int) -> Iterator[None]:
+    """Within, a training is stopped after so many steps, as by Ctrl-C."""
+    take_step = training.Trainer._train_step
+
+    def stops(self: Any) -> Any:
+        if self.step == steps:
+            raise KeyboardInterrupt
+        return take_step(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.Trainer, "_train_step", stops)
+        yield
+
 
 FROM_DATA = ("input_size", "in_channels", "num_classes", "learn_sigma")
 SMALL_DIT = {"patch_size": 2, "hidden_size": 32, "depth": 2, "num_heads": 2}

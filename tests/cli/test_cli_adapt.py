@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from data.conftest import tree  # noqa: F401  (a fixture)
-from ditkit.training.trainer import Trainer
+from training_recipes import stopped_after
 
 
 def adapt(ditkit, folder: Path, tree: Path, out: str, more: str = ""):  # noqa: F811
@@ -38,20 +38,12 @@ def test_train_and_draw(ditkit, folder: Path, tree: Path, method: str) -> None: 
     assert plain == none and len({plain, whole, two}) == 3
 
 
-def test_stopped_and_continued(ditkit, folder: Path, tree: Path, monkeypatch) -> None:  # noqa: F811
+def test_stopped_and_continued(ditkit, folder: Path, tree: Path) -> None:  # noqa: F811
     whole = adapt(ditkit, folder, tree, "whole", "checkpoint_every=1")
     assert whole.exit_code == 0, whole.output
-    step = Trainer._train_step
-
-    def stops(self: Trainer):
-        if self.step == 2:
-            raise KeyboardInterrupt
-        return step(self)
-
-    monkeypatch.setattr(Trainer, "_train_step", stops)
-    assert adapt(ditkit, folder, tree, "broken", "checkpoint_every=1").exit_code != 0
+    with stopped_after(2):
+        assert adapt(ditkit, folder, tree, "broken", "checkpoint_every=1").exit_code != 0
     assert not Path("broken/adapter_config.json").exists()
-    monkeypatch.setattr(Trainer, "_train_step", step)
     again = adapt(ditkit, folder, tree, "broken", "checkpoint_every=1")
     assert again.exit_code == 2 and "--resume" in again.stderr
     assert adapt(ditkit, folder, tree, "broken", "checkpoint_every=1 --resume").exit_code == 0

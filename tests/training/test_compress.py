@@ -17,7 +17,7 @@ from ditkit.models.dynamic import choosing
 from ditkit.training.compress import compress, run_for, spent
 from ditkit.training.config import ConfigError, RunConfig
 from ditkit.training.trainer import train
-from training_recipes import options
+from training_recipes import options, stopped_after
 
 DATA = {"kind": "emoji", "groups": ["keycap", "flag"]}
 QUICK = {"steps": 3, "batch_size": 8, "tracker": None, "ema": None, "log_every": 1, "checkpoint_every": 2}
@@ -55,22 +55,11 @@ def test_a_class_pipeline(trained: str, tmp_path: Path) -> None:
     assert compress(run, out, resume=True) == out
 
 
-def test_it_goes_on_after_a_stop(trained, tmp_path, monkeypatch) -> None:
-    from ditkit.training import trainer
-
+def test_it_goes_on_after_a_stop(trained, tmp_path) -> None:
     run = RunConfig.model_validate(settings(trained, steps=4, checkpoint_every=1))
     compress(run, tmp_path / "whole")
-    take_step = trainer.Trainer._train_step
-
-    def stops(self: Any) -> Any:
-        if self.step == 2:
-            raise KeyboardInterrupt
-        return take_step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "_train_step", stops)
-        with pytest.raises(KeyboardInterrupt):
-            compress(run, tmp_path / "broken")
+    with stopped_after(2), pytest.raises(KeyboardInterrupt):
+        compress(run, tmp_path / "broken")
     compress(run, tmp_path / "broken", resume=True)
     one, other = (ditkit.load(tmp_path / name).transformer.state_dict() for name in ("whole", "broken"))
     unlike = [name for name in one if not torch.equal(one[name], other[name])]

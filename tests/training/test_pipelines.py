@@ -21,7 +21,7 @@ from ditkit.analysis.sampling import Sampling, sample
 from ditkit.data.config import DataConfig
 from ditkit.data.latent_cache import cache_latents
 from ditkit.models.dydit_flux import DyFluxTransformer2DModel
-from ditkit.training import compress, trainer
+from ditkit.training import compress
 from ditkit.training.adapt import adapt, run_for
 from ditkit.training.config import AdapterConfig, ConfigError, RunConfig
 from ditkit.training.order import BatchNoise
@@ -29,6 +29,7 @@ from ditkit.training.tasks import find
 from ditkit.training.tasks.forms import FORMS, time_shift
 from ditkit.training.tasks.kept import Kept, KeptSamples
 from training.test_adapt import files
+from training_recipes import stopped_after
 
 CALL = {"height": 32, "width": 32, "num_frames": 5, "guidance_scale": 2.0}
 MOTION = {"objects": ["red apple"], "object_size": 16, "travel": [5, 7], "frames": 5, "cameras": []}
@@ -68,23 +69,14 @@ def opened(run: RunConfig) -> Any:
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_adapted(saved, tmp_path: Path, tree: Path, monkeypatch, name: str) -> None:  # noqa: F811
+def test_adapted(saved, tmp_path: Path, tree: Path, name: str) -> None:  # noqa: F811
     """Stopped and continued, it is the same bit for bit; the model stays as it was; the adapter loads."""
     folder = saved(name)
     before = files(folder)
     run = run_on(folder, data_for(name, tree), optimizer={"lr": 0.1})
     adapt(run, tmp_path / "whole")
-    take_step = trainer.Trainer._train_step
-
-    def stops(self: Any) -> Any:
-        if self.step == 2:
-            raise KeyboardInterrupt
-        return take_step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.Trainer, "_train_step", stops)
-        with pytest.raises(KeyboardInterrupt):
-            adapt(run, tmp_path / "broken")
+    with stopped_after(2), pytest.raises(KeyboardInterrupt):
+        adapt(run, tmp_path / "broken")
     adapt(run, tmp_path / "broken", resume=True)
     one, other = (load_file(tmp_path / out / "adapter_model.safetensors") for out in ("whole", "broken"))
     assert one and all(torch.equal(one[key], other[key]) for key in one)

@@ -17,6 +17,7 @@ from ditkit.training.checkpoint import found, newest
 from ditkit.training.config import load
 from ditkit.training.schedule import learning_rate_factor
 from ditkit.training.trainer import TrainingError, train
+from training_recipes import stopped_after
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -192,19 +193,10 @@ def test_kill_nine_loses_only_the_steps_since_the_checkpoint(training_file, tmp_
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_stopped_before_the_first_checkpoint_logs_every_step_once(training_file, tmp_path, monkeypatch):
-    take_step = training.Trainer._train_step
-
-    def dies(self):
-        if self.step == 2:
-            raise KeyboardInterrupt
-        return take_step(self)
-
-    monkeypatch.setattr(training.Trainer, "_train_step", dies)
+def test_stopped_before_the_first_checkpoint_logs_every_step_once(training_file, tmp_path):
     path = training_file(checkpoint_every=6)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_after(2), pytest.raises(KeyboardInterrupt):
         train(path)
-    monkeypatch.setattr(training.Trainer, "_train_step", take_step)
     train(path, resume=True)
     assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
