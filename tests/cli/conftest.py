@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import tiny_pipelines
-from ditkit.cli import app
+from ditkit.cli import app, common
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +34,9 @@ def ditkit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """Run a command line in an empty folder, e.g. `ditkit("generate 'red apple' --seed 3")`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
+    for console in (common.console, common.notices):  # where it was set before they were made, they keep it
+        monkeypatch.setattr(console, "_width", None)
+        monkeypatch.setattr(console, "_height", None)
 
     def run(line: str) -> Result:
         return CliRunner().invoke(app, shlex.split(line))

@@ -228,11 +228,11 @@ def test_a_loss_that_the_task_does_not_have(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_shipped_comparison(tmp_path: Path) -> None:
-    """All eight architectures train, at a cost per sample of one order."""
+    """All seven architectures train, at a cost per sample of one order."""
     config = Path(__file__).parents[3] / "configs" / "compare_archs.yaml"
     small = ["points=1", "pictures=4", "draws=1", "sampling_steps=2"]
     changes = [f"output={tmp_path / 'out'}", "seeds=[0]", "budget.steps=2", "run.batch_size=16"]
     result = compare(config, [*changes, *(f"evaluation.{change}" for change in small)])
-    assert len(result.entries) == 8 and result.failures() == []
+    assert len(result.entries) == 7 and result.failures() == []
     costs = [entry.flops_per_step for entry in result.entries]
-    assert all(cost is not None and 0.7 < cost / (costs[0] or 1) < 1.4 for cost in costs)
+    assert all(cost is not None and 0.7 < cost / (costs[0] or 1) < 1.5 for cost in costs)
